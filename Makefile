@@ -1,0 +1,83 @@
+# Two commands: `make run` and `make test`. The first call of either sets up .venv (once, about 5 minutes).
+#
+#   make run                 every notebook in order, at profile tiny, on the synthetic data set
+#   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
+#   make lab                 JupyterLab on notebook 00
+#   make test                all tests (test-unit, then test-notebooks)
+#   make lint                ruff
+#   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
+
+PROFILE ?= tiny
+DATA ?=
+JOBS ?= 2
+TORCH ?= cpu
+# The first of the two that is new enough.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SMOKE := data_cache/smoke
+# Kernels and workers share the cores; one thread each.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: run lab test test-unit test-notebooks lint clean clean-all setup
+.DEFAULT_GOAL := run
+
+setup: $(READY)
+
+# The stamp is touched when everything is in; an interrupted set-up goes on where it stopped.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up .venv (2 GB, about 5 minutes, once) ..."
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
+	@$(PIP) install --upgrade -c constraints.txt pip setuptools
+	@case "$(TORCH)-$$(uname)" in gpu-*) ;; \
+	cpu-Linux) ! $(PIP) install --dry-run --no-deps --report - -c constraints.txt torch | grep '"nvidia-' >/dev/null || \
+	{ $(PIP) install -c constraints.txt uv && \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu -c constraints.txt torch torchvision; } || \
+	{ echo "No CPU build of torch could be had (CONTRIBUTING.md, Set-up); with the GPU build: make TORCH=gpu"; exit 1; } ;; \
+	cpu-*) ;; \
+	*) echo "TORCH is cpu or gpu, not $(TORCH)"; exit 1 ;; esac
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+# --nolock: a killed run leaves no lock that the next one stumbles over; the runs have locks of their own.
+run: $(READY)
+	@test -z "$(DATA)" || test -d "$(DATA)" || { echo "DATA: there is no folder $(DATA)"; exit 1; }
+	@data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"; \
+	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --nolock --quiet all \
+	--config "profile=$(PROFILE)" "data=$$data"
+
+lab: $(READY)
+	@$(BIN)/jupyter-lab notebooks/00_start_here.ipynb
+
+test: test-unit test-notebooks
+
+test-unit: $(READY)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# Parameters in, then each notebook once: nbval runs every cell and compares those marked NBVAL_CHECK_OUTPUT.
+test-notebooks: $(READY)
+	@rm -rf $(SMOKE) && mkdir -p $(SMOKE)
+	@set -e; for notebook in notebooks/*.ipynb; do test -e "$$notebook" || { echo "no notebooks yet"; exit 0; }; \
+	$(BIN)/python -m usjepa_nb.execute "$$notebook" "$(SMOKE)/$${notebook##*/}" --prepare-only \
+	-p profile smoke -p cache "$(CURDIR)/$(SMOKE)/cache" -p seed 0; done; \
+	USJEPA_EXERCISE=1 PYTHONHASHSEED=0 PLOTLY_RENDERER=plotly_mimetype $(ONE_THREAD) \
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope $(SMOKE)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+clean:
+	@echo "removing .snakemake, $(SMOKE), .pytest_cache, .ruff_cache, .hypothesis, __pycache__ (data_cache and .venv stay)"
+	@rm -rf .snakemake $(SMOKE) .pytest_cache .ruff_cache .hypothesis
+	@find usjepa_nb tests -name __pycache__ -type d -exec rm -rf {} +
+
+clean-all: clean
+	@echo "removing .venv and everything in data_cache"
+	@find data_cache -mindepth 1 ! -name .gitkeep -delete
+	@rm -rf .venv *.egg-info

@@ -1,0 +1,94 @@
+"""Charts show every number they were given, leave out what is missing, and print the right agreement."""
+
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+import pytest
+
+from usjepa_nb import charts, figures
+
+
+def is_drawn(figure):
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert figures.png(figure).startswith(b"\x89PNG")
+    return figure
+
+
+def scores():
+    cells = [(m, f) for m in ("random", "V-JEPA") for f in (100, 10, 50) if (m, f) != ("random", 50)]
+    rows = [{"method": m, "fraction": f, "dsc": 0.6 + f / 1e3, "lo": 0.55, "hi": 0.8} for m, f in cells]
+    return pd.DataFrame(rows)
+
+
+def test_mask_bias_has_a_line_for_each_rule():
+    ax = is_drawn(charts.mask_bias({"first": [9, 5, 1], "random": [5, 5, 5]})).axes[0]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[9, 5, 1], [5, 5, 5]]
+    assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 2
+
+
+def test_training_curves_skip_the_steps_at_which_a_monitor_was_not_read():
+    history = pd.DataFrame({"step": range(6), "loss": 10.0 ** -np.arange(6), "ll": 0.5, "rank": np.nan})
+    history.loc[[0, 4], "rank"] = [3.0, 7.0]
+    figure = is_drawn(charts.training_curves(history, ["loss", ["loss", "ll"], "rank", "ll"]))
+    axes = [ax for ax in figure.axes if ax.axison]
+    assert [len(ax.lines) for ax in axes] == [1, 2, 1, 1]
+    assert list(axes[2].lines[0].get_xdata()) == [0, 4]
+    assert [ax.get_yscale() for ax in axes] == ["log", "log", "linear", "linear"]
+
+
+def test_training_curves_of_an_empty_history_are_empty_panels():
+    history = pd.DataFrame({"step": [], "loss": []})
+    assert len(is_drawn(charts.training_curves(history, ["loss"])).axes) == 1
+
+
+def test_dsc_vs_fraction_draws_no_missing_cell():
+    ax = is_drawn(charts.dsc_vs_fraction(scores())).axes[0]
+    lines = [container.lines[0] for container in ax.containers]
+    assert [list(line.get_ydata()) for line in lines] == [[0.61, 0.7], pytest.approx([0.61, 0.65, 0.7])]
+    bars = ax.containers[0].lines[2][0].get_segments()
+    assert bars[0][:, 1] == pytest.approx([0.55, 0.8])
+
+
+def test_dsc_vs_fraction_interactive_holds_the_same_numbers():
+    traces = charts.dsc_vs_fraction_interactive(scores()).data
+    assert [trace.name for trace in traces] == ["random", "V-JEPA"]
+    assert list(traces[0].x) == [10, 100]
+    assert list(traces[1].y) == pytest.approx([0.61, 0.65, 0.7])
+    assert traces[0].error_y.array[0] == pytest.approx(0.19)
+
+
+def test_lambda_freeze_averages_seeds_and_says_what_is_missing():
+    rows = [(0, 1, 0.5), (0, 1, 0.7), (0, 0.25, 0.8), (12, 0.25, 0.9)]
+    ax = is_drawn(charts.lambda_freeze(pd.DataFrame(rows, columns=["freeze", "lam", "dsc"]))).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["0.600", "0.800", "missing", "0.900"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "0.25"]
+    framed = [text.get_bbox_patch().get_edgecolor()[3] > 0 for text in ax.texts]
+    assert framed == [False, True, False, True]
+
+
+def test_ef_agreement_prints_bias_and_limits():
+    reference = np.array([30, 40, 50, 60, np.nan, 55])
+    predicted = np.array([32, 41, 53, 62, 50, np.nan])  # differences 2, 1, 3, 2: mean 2, SD (2/3)^.5
+    left, right = is_drawn(charts.ef_agreement(reference, predicted)).axes
+    assert left.get_title().startswith("n = 4, r = 1.00, error 2.0 %")
+    assert right.get_title() == "bias +2.0, limits +0.4 to +3.6 %"
+    points = right.collections[0].get_offsets()
+    assert list(points[0]) == [31, 2]
+
+
+def test_ef_agreement_of_too_few_patients_is_drawn_without_numbers():
+    assert "r = nan" in is_drawn(charts.ef_agreement([50.0], [52.0])).axes[0].get_title()
+    assert "n = 0" in is_drawn(charts.ef_agreement([np.nan], [52.0])).axes[0].get_title()
+
+
+def test_token_grid3d_places_every_token_once():
+    hidden = np.zeros((2, 3, 5), bool)
+    hidden[1, 2, 4] = True
+    context = ~hidden
+    context[0] = False
+    traces = {trace.name.split()[0]: trace for trace in charts.token_grid3d(context, hidden).data}
+    assert {kind: len(trace.x) for kind, trace in traces.items()} == {
+        "visible": 14, "hidden": 1, "outside": 0, "unused": 15,
+    }  # fmt: skip
+    only = traces["hidden"]
+    assert (only.x[0], only.z[0], only.y[0]) == (1, 2, 4)  # t across, y upright, x in depth

@@ -1,0 +1,72 @@
+"""From stored bytes to what the encoder sees: uint8 clips -> augmented, standardised floats, on any device.
+
+No horizontal flip anywhere: a mirrored heart is another anatomy (the left ventricle would sit on the right).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+MEAN, STD = 0.2, 0.2  # of grey values in [0, 1]; rounded from CAMUS inside the sector
+
+
+def standardise(clips: Tensor) -> Tensor:
+    """Grey values 0…255 [B, T, H, W] -> encoder input [B, 1, T, H, W]."""
+    return ((clips.float() / 255 - MEAN) / STD)[:, None]
+
+
+def affine(batch: int, generator: Generator, scale: tuple[float, float], rotate: float, aspect: float) -> Tensor:
+    """Random views of the frame, one per clip: zoom, aspect, rotation (rad) and shift. -> [B, 2, 3] for grid_sample."""
+    u = lambda low, high: torch.empty(batch).uniform_(low, high, generator=generator)  # noqa: E731
+    sx = u(*scale)
+    sy = sx * torch.exp(u(-aspect, aspect))
+    angle = u(-rotate, rotate)
+    tx = (1 - sx.clamp(max=1)) * u(-1, 1) * 0.8 + u(-0.08, 0.08)
+    ty = (1 - sy.clamp(max=1)) * u(-1, 1) * 0.8 + u(-0.08, 0.08)
+    rows = [torch.stack([sx * angle.cos(), -sy * angle.sin(), tx], 1),
+            torch.stack([sx * angle.sin(), sy * angle.cos(), ty], 1)]
+    return torch.stack(rows, 1)
+
+
+def augment(clips: Tensor, generator: Generator, masks: Tensor | None = None, *,
+            scale: tuple[float, float] = (0.6, 1.05), rotate: float = 0.2, aspect: float = 0.2,
+            gamma: float = 0.4, gain: float = 0.25) -> tuple[Tensor, Tensor | None]:
+    """One random view per clip, the same for all its frames (tissue motion must stay motion).
+
+    Args:
+        clips: uint8 or float grey values 0…255, [B, T, H, W].
+        masks: labels [B, T, H, W], moved along (nearest neighbour).
+        gamma, gain: log-gamma is drawn from ±gamma, gain from 1 ± gain.
+
+    Returns:
+        Grey values 0…255 as float [B, T, H, W], and the moved masks.
+    """
+    B, device = len(clips), clips.device
+    theta = affine(B, generator, scale, rotate, aspect).to(device)
+    grid = F.affine_grid(theta, [B, 1, *clips.shape[-2:]], align_corners=False)
+    x = F.grid_sample(clips.float(), grid, align_corners=False)
+    power = torch.empty(B, 1, 1, 1).uniform_(-gamma, gamma, generator=generator).exp().to(device)
+    factor = torch.empty(B, 1, 1, 1).uniform_(1 - gain, 1 + gain, generator=generator).to(device)
+    x = ((x / 255).clamp(0, 1) ** power * factor).clamp(0, 1) * 255
+    if masks is not None:
+        masks = F.grid_sample(masks.float(), grid, mode="nearest", align_corners=False).to(masks.dtype)
+    return x, masks
+
+
+def crop_and_flip(clips: Tensor, generator: Generator, scale: tuple[float, float] = (0.3, 1.0),
+                  ratio: tuple[float, float] = (0.75, 1.35)) -> Tensor:
+    """The published V-JEPA view: random resized crop and, in half of the clips, a mirror image. Kept to compare."""
+    B, device = len(clips), clips.device
+    u = lambda low, high: torch.empty(B).uniform_(low, high, generator=generator)  # noqa: E731
+    area, log_ratio = u(*scale), u(math.log(ratio[0]), math.log(ratio[1]))
+    sx = (area * log_ratio.exp()).sqrt().clamp(max=1)
+    sy = (area / log_ratio.exp()).sqrt().clamp(max=1)
+    mirror = torch.where(u(0, 1) < 0.5, -1.0, 1.0)
+    zero = torch.zeros(B)
+    rows = [torch.stack([sx * mirror, zero, (1 - sx) * u(-1, 1)], 1), torch.stack([zero, sy, (1 - sy) * u(-1, 1)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(device), [B, 1, *clips.shape[-2:]], align_corners=False)
+    return F.grid_sample(clips.float(), grid, align_corners=False).clamp(0, 255)

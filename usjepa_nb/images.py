@@ -1,0 +1,98 @@
+"""One image file of CAMUS, NIfTI or MHD -> uint8 [T, H, W], or one sentence on why not."""
+
+import gzip
+import math
+import re
+
+import numpy as np
+
+LABELS = {0: "background", 1: "LV cavity", 2: "LV myocardium", 3: "left atrium"}
+UNLABELLED = 255  # a pixel or frame that has no reference mask
+
+
+class CamusError(ValueError):
+    """One sentence: which file, what is wrong, the remedy. `file` is its folder and name."""
+
+    file = ""
+
+
+def short(path):
+    return f"{path.parent.name}/{path.name}"
+
+
+def refuse(path, what, remedy="download it again, or delete it to go on without it") -> CamusError:
+    error = CamusError(f"{short(path)} {what}: {remedy}.")
+    error.file = short(path)
+    return error
+
+
+def raw_of(path):
+    """The data file that an .mhd header names; None for other formats and for data inside the header file."""
+    try:
+        head = path.read_bytes()[:4096].decode("latin-1") if path.suffix == ".mhd" else ""
+    except OSError:  # `read_image` will say so
+        head = ""
+    name = re.search(r"^ElementDataFile *= *(\S.*?)\s*$", head, re.MULTILINE)
+    return None if name is None or name[1] == "LOCAL" else path.parent / name[1]
+
+
+def read_image(path):
+    """The pixels, uint8 [T, H, W] with the apex up and left on the left, and their spacing (y, x) in mm.
+
+    Raises:
+        CamusError: damaged, not an image or a sequence, no usable spacing, not whole numbers of 0..255.
+    """
+    try:
+        array, spacing = (_load_mhd if path.suffix == ".mhd" else _load_nifti)(path)
+    except Exception as error:  # whatever a parser stumbles on in a damaged file
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        raise refuse(path, f"is cut short or damaged ({why})") from None
+    if array.ndim != 3 or array.size == 0:
+        raise refuse(path, f"has shape {array.shape}, which is neither an image nor a sequence")
+    if not all(math.isfinite(mm) and mm > 0 for mm in spacing):
+        raise refuse(path, f"has a pixel spacing of {spacing} mm")
+    kind = array.dtype.kind
+    with np.errstate(invalid="ignore"):
+        whole = kind in "ui" or (kind == "f" and (array == np.rint(array)).all())  # NaN does not equal itself
+    if not whole or array.min() < 0 or array.max() > 255:
+        raise refuse(path, "holds values other than the whole numbers 0..255")
+    return array.astype(np.uint8), spacing
+
+
+def _load_nifti(path):
+    import nibabel
+
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    image = nibabel.Nifti1Image.from_bytes(data)
+    if math.prod(image.shape) * image.get_data_dtype().itemsize > len(data):
+        raise ValueError(f"{len(data)} bytes for {image.shape} pixels")
+    array = np.asanyarray(image.dataobj).T  # (x, y[, t]) on disk, so the transpose stands upright
+    array = array.reshape(-1, *array.shape[-2:]) if math.prod(array.shape[:-3]) == 1 else array
+    return array, tuple(round(float(mm), 6) for mm in image.header.get_zooms()[1::-1])
+
+
+def _load_mhd(path):
+    import SimpleITK
+
+    try:
+        image = SimpleITK.ReadImage(str(path))
+    except RuntimeError:  # its text holds memory addresses
+        raise ValueError("header and data do not go together") from None
+    array = SimpleITK.GetArrayFromImage(image)  # (t, y, x) already
+    return array.reshape(-1, *array.shape[-2:]), tuple(image.GetSpacing()[1::-1])
+
+
+def read_mask(path, shape) -> np.ndarray:
+    """A reference mask, uint8 [T, H, W] of the given shape with labels 0..3.
+
+    Raises:
+        CamusError: see `read_image`; another shape; unknown labels.
+    """
+    mask, _ = read_image(path)
+    if mask.shape != shape:
+        raise refuse(path, f"has shape {mask.shape} where its frames have {shape}")
+    if mask.max() > max(LABELS):
+        raise refuse(path, f"holds the label {mask.max()}, and CAMUS ends at {max(LABELS)}")
+    return mask

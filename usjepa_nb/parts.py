@@ -1,0 +1,70 @@
+"""One sequence -> one small file of resized frames and masks, by several workers; it is whole or absent."""
+
+import functools
+import json
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+import h5py
+import numpy as np
+from tqdm.auto import tqdm
+
+from usjepa_nb import camus
+from usjepa_nb.clips import resize_frame, resize_mask
+
+
+def make(entries, paths, size, *, workers, progress) -> list[tuple[str, str] | None]:
+    """Make one part per entry; for each entry None, or (file, sentence) where it was refused."""
+    jobs = entries, paths, [size] * len(paths)
+    bar = functools.partial(tqdm, total=len(paths), desc="CAMUS", unit="sequence", disable=not progress)
+    if min(workers, len(paths)) < 2:
+        return list(bar(map(_make, *jobs)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+        return list(bar(pool.map(_make, *jobs)))
+
+
+def _end_with_parent():
+    """Without this, the workers of a killed process would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _make(entry, path, size):
+    try:
+        s = camus.read(entry)
+    except camus.CamusError as error:
+        return error.file, str(error)
+    (height, width), (mm_y, mm_x) = s.frames.shape[1:], s.spacing
+    row = {
+        "patient": s.patient, "view": s.view, "split": "", "start": 0, "length": len(s.frames),
+        "ed": s.ed, "es": s.es, "spacing_y": mm_y * height / size, "spacing_x": mm_x * width / size,
+        "native_h": height, "native_w": width, "native_spacing_y": mm_y, "native_spacing_x": mm_x,
+        "ef": s.ef, "quality": s.quality, "sex": s.sex, "age": s.age, "frame_rate": s.frame_rate,
+        "labelled": bool((s.masks != camus.UNLABELLED).any()), "ed_es_only": s.ed_es_only,
+        "was_reversed": s.was_reversed, "sha256": s.sha256}
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with h5py.File(temporary, "w") as part:
+            part.attrs["row"] = json.dumps(row)
+            part["frames"] = np.stack([resize_frame(frame, size) for frame in s.frames])
+            part["masks"] = np.stack([resize_mask(mask, size) for mask in s.masks])
+            part.create_dataset("native_masks", data=s.masks[[s.ed, s.es]], compression="gzip")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path, what):
+    """`frames`, `masks`, `native_masks`, or the `row` of the table (split and start are filled in later)."""
+    with h5py.File(path) as part:
+        return json.loads(part.attrs["row"]) if what == "row" else part[what][()]
+
+
+def is_whole(path) -> bool:
+    try:
+        with h5py.File(path) as part:
+            return "row" in part.attrs
+    except OSError:  # absent, or cut short when the machine went down
+        return False

@@ -1,0 +1,195 @@
+"""What is a frozen encoder worth? Features once, then a small attentive probe with two transposed convolutions.
+
+The published attentive probe asks *one* learned question and gets one vector per clip. A segmentation needs an
+answer per token, and the paper does not say how it made one; here every token asks: the learned query is added to
+the token itself, all tokens answer. Two transposed convolutions then turn tokens into pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from usjepa_nb.augment import augment, standardise
+from usjepa_nb.camus import LABELS, UNLABELLED
+from usjepa_nb.masking import rectangle, sector_tokens
+from usjepa_nb.profile import Profile
+from usjepa_nb.vit import Encoder, Grid
+
+CLASSES = len(LABELS)
+
+
+def encode(encoder: Encoder, grey: Tensor, sector_aware: bool) -> tuple[Tensor, Tensor]:
+    """Grey clips 0…255 [B, T, H, W] -> features on the full grid [B, N, D] (zeros where left out), seen bool [B, N]."""
+    x = standardise(grey)
+    if not sector_aware:
+        z = encoder(x)
+        return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    seen = sector_tokens(grey, encoder.tubelet)
+    keep, valid = (v.to(grey.device) for v in rectangle(seen.cpu(), "pad", Generator()))
+    z = encoder(x, keep, valid) * valid[..., None]
+    full = z.new_zeros(len(z), seen.shape[1], z.shape[-1])
+    return full.scatter_add(1, keep[..., None].expand_as(z), z), seen
+
+
+class SegmentationProbe(nn.Module):
+    """Attentive probe and shallow decoder: features [B, N, D] -> logits [B, classes, T, H, W] for every frame."""
+
+    def __init__(self, grid: Grid, tubelet: Grid, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.grid, self.tubelet = grid, tubelet
+        self.register_buffer("mean", torch.zeros(width))  # of the training features, see `fit_scale`
+        self.register_buffer("std", torch.ones(width))
+        self.query = nn.Parameter(torch.zeros(width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        first = 2 ** math.ceil(math.log2(tubelet[1]) / 2)  # patch 16 = 4·4, patch 8 = 4·2
+        second = tubelet[1] // first
+        self.up1 = nn.ConvTranspose2d(width, hidden, first, first)
+        self.up2 = nn.ConvTranspose2d(hidden, tubelet[0] * CLASSES, second, second)
+
+    def fit_scale(self, features: Tensor, seen: Tensor) -> None:
+        """Remember mean and spread of the training features, so that encoders of any scale are probed alike."""
+        self.std, self.mean = (v.clone() for v in torch.std_mean(features[seen].float(), 0))
+        self.std.clamp_(min=1e-6)
+
+    def forward(self, features: Tensor, seen: Tensor) -> Tensor:
+        x = (features.float() - self.mean) / self.std * seen[..., None]
+        kv = self.norm1(x)
+        x = x + self.attention(kv + self.query, kv, kv, key_padding_mask=~seen, need_weights=False)[0]
+        x = x + self.mlp(self.norm2(x))
+        (t, y, w), B = self.grid, len(x)
+        maps = x.view(B * t, y, w, -1).permute(0, 3, 1, 2)
+        pixels = self.up2(F.gelu(self.up1(maps)))  # [B·t, tubelet·classes, H, W]
+        logits = pixels.view(B, t, self.tubelet[0], CLASSES, *pixels.shape[-2:]).flatten(1, 2).transpose(1, 2)
+        return outside_is_background(logits, seen, self.grid, self.tubelet)
+
+
+def outside_is_background(logits: Tensor, seen: Tensor, grid: Grid, tubelet: Grid) -> Tensor:
+    """Tokens that were left out are background, whatever the decoder says. Logits [B, classes, T, H, W]."""
+    area = seen.view(-1, 1, *grid)
+    for axis, n in enumerate(tubelet, start=2):
+        area = area.repeat_interleave(n, axis)
+    background = torch.full((CLASSES,), -20.0, device=logits.device)
+    background[0] = 0
+    return torch.where(area, logits, background.view(1, -1, 1, 1, 1))
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy per pixel; pixels without a reference do not count. Logits [B, classes, T, H, W]."""
+    return F.cross_entropy(logits, masks.long(), ignore_index=UNLABELLED)
+
+
+@torch.no_grad()
+def mean_dice(predicted: Tensor, masks: Tensor) -> float:
+    """Mean DSC over clips and the three foreground classes, to choose an epoch. [n, T, H, W] each."""
+    known = masks != UNLABELLED
+    per_class = []
+    for label in range(1, CLASSES):
+        p, m = (predicted == label) & known, masks == label
+        total = p.flatten(1).sum(1) + m.flatten(1).sum(1)
+        per_class.append(2 * (p & m).flatten(1).sum(1) / total.clamp(min=1))
+    return float(torch.stack(per_class).mean())
+
+
+class Supervised(nn.Module):
+    """The control: the same encoder and the same probe, trained end to end from labels; an objective like the others."""
+
+    def __init__(self, p: Profile, frames: int, encoder: Encoder):
+        super().__init__()
+        self.p, self.encoder = p, encoder
+        self.probe = SegmentationProbe(p.grid(frames), p.tubelet_size, p.width, p.heads, p.probe_width)
+
+    @property
+    def features(self) -> Encoder:
+        return self.encoder
+
+    def forward(self, batch: tuple[Tensor, Tensor], generator: Generator) -> dict[str, Tensor]:
+        grey, masks = augment(batch[0], generator, batch[1])
+        return {"loss": segmentation_loss(self.probe(*encode(self.encoder, grey, self.p.sector_aware)), masks)}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step."""
+
+
+class Cache:
+    """Frozen features of clips, computed once: fp16 [n, N, D] and seen bool [n, N] in one HDF5 file."""
+
+    def __init__(self, path: Path):
+        with h5py.File(path, "r") as file:
+            self.features = torch.from_numpy(file["features"][:])
+            self.seen = torch.from_numpy(file["seen"][:])
+
+    @staticmethod
+    @torch.no_grad()
+    def write(path: Path, encoder: Encoder, grey: np.ndarray, sector_aware: bool, device="cpu", batch: int = 16) -> Cache:
+        """Encode uint8 clips [n, T, H, W] batch by batch into `path`, written to a temporary name first."""
+        part = path.with_suffix(f".{os.getpid()}.part")
+        encoder = encoder.eval().to(device)
+        with h5py.File(part, "w") as file:
+            shape = (len(grey), math.prod(encoder.grid), encoder.width)
+            features, seen = file.create_dataset("features", shape, "f2"), file.create_dataset("seen", shape[:2], "?")
+            for i in range(0, len(grey), batch):
+                z, s = encode(encoder, torch.from_numpy(grey[i:i + batch]).to(device).float(), sector_aware)
+                features[i:i + batch], seen[i:i + batch] = z.half().cpu().numpy(), s.cpu().numpy()
+        os.replace(part, path)
+        return Cache(path)
+
+
+@torch.no_grad()
+def predict(probe: SegmentationProbe, features: Tensor, seen: Tensor, batch: int = 16) -> Tensor:
+    """Labels of every frame, uint8 [n, T, H, W]."""
+    device = probe.mean.device
+    parts = [probe(features[i:i + batch].to(device), seen[i:i + batch].to(device)).argmax(1).byte().cpu()
+             for i in range(0, len(features), batch)]
+    return torch.cat(parts)
+
+
+def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: Grid, p: Profile, *, seed: int,
+        device="cpu") -> dict:
+    """Train a probe on cached features of the clips `train`; follow the validation DSC of the clips `val`.
+
+    Args:
+        masks: uint8 [n, T, H, W], UNLABELLED where there is no reference.
+
+    Returns:
+        {"best": state, "last": state, "history": [{"step", "loss", "val_dsc"}], "probe": module with the best state}
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = SegmentationProbe(grid, p.tubelet_size, cache.features.shape[-1], p.heads, p.probe_width)
+    probe.fit_scale(cache.features[train], cache.seen[train])
+    probe.to(device)
+    per_epoch = math.ceil(len(train) / p.probe_batch)
+    steps = max(p.probe_epochs * per_epoch, p.probe_min_steps)
+    look = max(per_epoch, steps // 10)  # validate about ten times
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=p.probe_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator, best, history, order = Generator().manual_seed(seed), -1.0, [], torch.empty(0, dtype=torch.long)
+    state = lambda: {k: v.detach().cpu().clone() for k, v in probe.state_dict().items()}  # noqa: E731
+    for step in range(1, steps + 1):
+        if not len(order):
+            order = torch.from_numpy(train)[torch.randperm(len(train), generator=generator)]
+        index, order = order[:p.probe_batch], order[p.probe_batch:]
+        loss = segmentation_loss(probe(cache.features[index].to(device), cache.seen[index].to(device)),
+                                 masks[index].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % look == 0 or step == steps:
+            dice = mean_dice(predict(probe, cache.features[val], cache.seen[val]), masks[val])
+            history.append({"step": step, "loss": float(loss.detach()), "val_dsc": dice})
+            if dice > best:
+                best, best_state = dice, state()
+    last_state = state()
+    probe.load_state_dict(best_state)
+    return {"best": best_state, "last": last_state, "history": history, "probe": probe}

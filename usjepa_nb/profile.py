@@ -1,0 +1,171 @@
+"""A profile: every setting of a run, with its unit, read from `profiles/<name>.yaml` and checked.
+
+`tiny` (two CPU cores), `small` (one GPU) and `paper` (the paper's settings) differ in numbers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+FOLDER = Path(__file__).resolve().parents[1] / "profiles"
+
+
+class ProfileError(ValueError):
+    """A setting that does not exist or is out of range; the message names it, its file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings. Meaning and unit of each stand in `profiles/tiny.yaml`; field order is that of the file."""
+
+    name: str
+    # data
+    patients: int
+    spacing: float
+    size: int
+    frames: int
+    clip_rule: str
+    frame_step: int
+    # model
+    tubelet: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    predictor_width: int
+    predictor_depth: int
+    predictor_heads: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    init: str
+    # masks
+    short_range: tuple[int, float]
+    long_range: tuple[int, float]
+    tube_ratio: float
+    mask_rule: str
+    sector_aware: bool
+    # objective
+    target_layers: int
+    centre: float
+    beta: float
+    pairs: int
+    # pre-training
+    augmentation: str
+    batch: int
+    steps: int
+    warmup: float
+    lr: float
+    lr_end: float
+    weight_decay: float
+    weight_decay_end: float
+    beta2: float
+    clip: float
+    ema: float
+    # probe
+    probe_epochs: int
+    probe_min_steps: int
+    probe_batch: int
+    probe_lr: float
+    probe_width: int
+    supervised_steps: int
+    supervised_lr: float
+    # grid
+    fractions: tuple[int, ...]
+    lams: tuple[float, ...]
+    freezes: tuple[int, ...]
+    # machine
+    precision: str
+    accelerator: str
+    devices: int
+    log_every: int
+
+    def __post_init__(self):
+        choices = {"clip_rule": ("cover", "step"), "mask_rule": ("random", "first", "pad"),
+                   "augmentation": ("none", "mild", "published"),
+                   "precision": ("32-true", "bf16-mixed", "16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                self.refuse(key, f"choose one of {', '.join(allowed)}")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            may_be_zero = f.name in ("centre", "beta", "ema", "warmup", "lr_end", "weight_decay", "weight_decay_end",
+                                     "probe_min_steps")
+            if isinstance(value, int | float) and not isinstance(value, bool) and \
+                    (value < 0 or (value == 0 and not may_be_zero)):
+                self.refuse(f.name, "it must be positive")
+        if self.size % self.patch or self.frames % self.tubelet:
+            self.refuse("size" if self.size % self.patch else "frames", "it must be a multiple of "
+                        + ("patch" if self.size % self.patch else "tubelet"))
+        for key in ("centre", "warmup", "ema", "tube_ratio"):
+            if not 0 <= getattr(self, key) < 1:
+                self.refuse(key, "it must lie in [0, 1)")
+        if not 1 <= self.target_layers <= self.depth:
+            self.refuse("target_layers", f"it must lie in 1…depth ({self.depth})")
+        for key, low, high in (("fractions", 1, 100), ("lams", 0, 1), ("freezes", 0, self.depth)):
+            if not getattr(self, key) or not all(low <= v <= high for v in getattr(self, key)):
+                self.refuse(key, f"its values must lie in {low}…{high}")
+        for width, heads in ((self.width, self.heads), (self.predictor_width, self.predictor_heads),
+                             (self.decoder_width, self.decoder_heads)):
+            if width % heads:
+                self.refuse("heads", f"a width of {width} does not divide into {heads} heads")
+
+    def refuse(self, key: str, remedy: str):
+        raise ProfileError(f"profile {self.name!r}: {key} = {getattr(self, key)!r} is not possible: {remedy}")
+
+    @property
+    def tubelet_size(self) -> tuple[int, int, int]:
+        """Pixels of one token along (t, y, x)."""
+        return self.tubelet, self.patch, self.patch
+
+    def grid(self, frames: int | None = None) -> tuple[int, int, int]:
+        """Tokens along (t, y, x) of a clip of `frames` frames (the profile's when None)."""
+        return (frames or self.frames) // self.tubelet, self.size // self.patch, self.size // self.patch
+
+    def replace(self, **changes) -> Profile:
+        unknown = changes.keys() - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise ProfileError(f"profile {self.name!r} has no setting {', '.join(sorted(unknown))}; "
+                               "see profiles/tiny.yaml for all names")
+        return dataclasses.replace(self, **changes)
+
+
+def load(name: str, **changes) -> Profile:
+    """Read `profiles/<name>.yaml`, or a YAML file of your own; `changes` override single settings.
+
+    Raises:
+        ProfileError: no such file, not YAML, unknown, missing, mistyped or impossible settings.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+        raise ProfileError(f"{path}: no such profile; choose one of {known}, or give the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ProfileError(f"{path}: is not readable as YAML ({str(e).splitlines()[0]}); compare it with profiles/tiny.yaml") from e
+    if not isinstance(values, dict):
+        raise ProfileError(f"{path}: holds no settings; compare it with profiles/tiny.yaml")
+    values |= changes
+    fields = {f.name: f.type for f in dataclasses.fields(Profile) if f.name != "name"}
+    if unknown := sorted(map(str, values.keys() - fields.keys())):
+        raise ProfileError(f"{path}: unknown setting {', '.join(unknown)}; see profiles/tiny.yaml for all names")
+    if missing := sorted(fields.keys() - values.keys()):
+        raise ProfileError(f"{path}: setting {', '.join(missing)} is missing; see profiles/tiny.yaml")
+    return Profile(path.stem, **{k: typed(path, k, v, fields[k]) for k, v in values.items()})
+
+
+def typed(path: Path, key: str, value, kind: str):
+    """Check a YAML value against a field's annotation; whole numbers may stand for floats, lists for tuples."""
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+            return tuple(value)
+    elif kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif type(value).__name__ == kind:
+        return value
+    raise ProfileError(f"{path}: {key} = {value!r} should be of type {kind} (YAML reads 1e-3 as text: write 1.0e-3)")

@@ -1,0 +1,104 @@
+"""Segmentations of the validation and test clips by any method, with scores per video; loaded or else made."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from usjepa_nb import metrics, probe
+from usjepa_nb.runs import Lab, Run, digest, label
+from usjepa_nb.vit import Encoder
+
+PROBING = ("probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
+
+
+@dataclass
+class Segmentation:
+    """Masks of one method on validation and test clips, and their scores per video."""
+
+    spec: dict
+    rows: np.ndarray  # store rows, in the order of the predictions
+    best: np.ndarray  # uint8 [n, T, S, S], step chosen on validation
+    last: np.ndarray  # uint8 [n, T, S, S], after the last step
+    scores: pd.DataFrame  # a row per video and `which` ("best" | "last"): patient, view, split, dsc, dsc_1, …
+    history: list[dict]  # of the probe: step, loss, val_dsc
+    seconds: float
+
+
+def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, freeze: int = 0,
+                 online: bool = False) -> Segmentation:
+    """Segment with a probe trained on `fraction` % of the training patients' labels.
+
+    Args:
+        method: a key of `runs.METHODS`. "prior" looks at no image; "supervised" brings its own probe.
+        online: probe V-JEPA's online encoder instead of its EMA target.
+    """
+    rows = np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
+    if method == "prior":
+        guess, begun = shape_prior(lab, rows, fraction), time.time()
+        spec = {"method": "prior", "lam": 1.0, "freeze": 0, "seed": lab.seed}
+        return Segmentation(spec, rows, guess, guess, scores(lab, spec, rows, guess, guess), [], time.time() - begun)
+    run = lab.encoder(method, lam, freeze, fraction)
+    tag = digest([{k: getattr(lab.profile, k) for k in PROBING}, fraction, lab.seed, online])
+    path = run.folder / f"segmentation-{fraction}pc-{tag}.npz"
+    if not path.exists():
+        begun = time.time()
+        best, last, history = segment(lab, run, rows, fraction, run.objective.encoder if online else None)
+        part = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez_compressed(part, best=best, last=last, history=json.dumps(history), seconds=time.time() - begun)
+        os.replace(part, path)
+    with np.load(path) as file:
+        best, last, history = file["best"], file["last"], json.loads(str(file["history"]))
+        seconds = float(file["seconds"])
+    return Segmentation(run.spec, rows, best, last, scores(lab, run.spec, rows, best, last), history, seconds)
+
+
+def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None) -> tuple:
+    """Predictions of best and last probe on `rows`, and the probe's history."""
+    p = lab.profile
+    if run.spec["method"] == "supervised":  # its probe was trained with it
+        z, seen = probe.encode(run.encoder, torch.from_numpy(lab.clips(rows)[0]).float(), p.sector_aware)
+        predicted = probe.predict(run.objective.probe, z.detach(), seen).numpy()
+        return predicted, predicted, []
+    train = lab.labelled(100)
+    everything = np.concatenate([train, rows])
+    grey, masks = lab.clips(everything)
+    cached = run.folder / ("features.h5" if online is None else "features-online.h5")
+    if not cached.exists():
+        probe.Cache.write(cached, online or run.encoder, grey, p.sector_aware)
+    cache = probe.Cache(cached)
+    labelled = np.flatnonzero(np.isin(everything, lab.labelled(fraction)))
+    val = np.flatnonzero(np.isin(everything, lab.store.rows("val", labelled=True)))
+    fitted = probe.fit(cache, torch.from_numpy(masks), labelled, val, p.grid(lab.frames), p, seed=lab.seed)
+    at = slice(len(train), None)
+    predicted = []
+    for which in ("best", "last"):
+        fitted["probe"].load_state_dict(fitted[which])
+        predicted.append(probe.predict(fitted["probe"], cache.features[at], cache.seen[at]).numpy())
+    return *predicted, fitted["history"]
+
+
+def shape_prior(lab: Lab, rows: np.ndarray, fraction: int) -> np.ndarray:
+    """The control that looks at no image: the commonest label of each pixel over the training clips."""
+    _, masks = lab.clips(lab.labelled(fraction))
+    votes = np.stack([(masks == c).mean(0) for c in range(probe.CLASSES)])
+    return np.broadcast_to(votes.argmax(0).astype(np.uint8), (len(rows), *masks.shape[1:]))
+
+
+def scores(lab: Lab, spec: dict, rows: np.ndarray, best: np.ndarray, last: np.ndarray) -> pd.DataFrame:
+    """Scores per video against the reference, for the best-on-validation and the last probe."""
+    _, masks = lab.clips(rows)
+    table = lab.store.table.loc[rows, ["patient", "view", "split", "quality"]]
+    out = []
+    for which, predicted in (("best", best), ("last", last)):
+        for (_, meta), p, m in zip(table.iterrows(), predicted, masks, strict=True):
+            flat = {f"{name}{'' if key == 'mean' else f'_{key}'}": value
+                    for name, values in metrics.video_scores(p, m).items() for key, value in values.items()}
+            out.append({"method": label(spec), **meta, "which": which, **flat})
+    return pd.DataFrame(out)

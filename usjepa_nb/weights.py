@@ -1,0 +1,147 @@
+"""Checkpoints in: published V-JEPA and VideoMAE files, and our own, into our modules, key by key, with a report.
+
+A key that is missing, left over or of another shape is an error, never a silence: VideoMAE keeps the attention
+biases apart (`q_bias`, `v_bias`, no bias for keys), and a loader that overlooks this leaves them at zero unnoticed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from usjepa_nb.augment import MEAN, STD
+from usjepa_nb.vit import Encoder, PixelDecoder, Predictor
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published encoders expect
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass
+class Report:
+    """What was done with every key of a checkpoint part."""
+
+    source: str
+    used: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # used, but in another form, with the reason
+
+    def __str__(self) -> str:
+        notes = "".join(f"\n  {c}" for c in self.changed)
+        return f"{self.source}: {len(self.used)} keys used, 0 missing, 0 left over{notes}"
+
+
+def read(path: str | Path) -> dict:
+    """Read a checkpoint. Only tensors and plain containers are accepted: a file that carries code is refused.
+
+    Raises:
+        WeightsError: not there, truncated, or not loadable as pure data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise WeightsError(f"{path}: no such checkpoint; put the file there or set `init: random`") from e
+    except pickle.UnpicklingError as e:
+        raise WeightsError(f"{path}: refused, it holds more than tensors and could run code on loading; "
+                           "ask its author for a file of tensors only") from e
+    except (RuntimeError, EOFError, OSError, ValueError) as e:
+        raise WeightsError(f"{path}: cannot be read as a checkpoint (truncated?); fetch it again") from e
+
+
+def strip(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """Remove wrappers' prefixes ("module.", "backbone.") from the names."""
+    for prefix in prefixes:
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def join_qkv_bias(state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
+    """VideoMAE's `q_bias`, `v_bias` -> `qkv.bias`, with zeros for the keys."""
+    state = dict(state)
+    for name in [k for k in state if k.endswith("attn.q_bias")]:
+        stem = name.removesuffix("q_bias")
+        q, v = state.pop(name), state.pop(stem + "v_bias")
+        state[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(v), v])
+        report.changed.append(f"{stem}q_bias, v_bias -> {stem}qkv.bias, keys' bias zero")
+    return state
+
+
+def fold_grey(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Three-channel tubelet weights [D, 3, t, p, q] -> one channel [D, 1, t, p, q], exactly.
+
+    A grey frame g fed three times is (g - mean_c) / std_c per channel; ours is (g - MEAN) / STD once. Both are
+    affine in g, so the sum over channels folds into one weight and a corrected bias.
+    """
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    w = weight.double()
+    folded = (w * STD / std).sum(1, keepdim=True)
+    shift = (w * (MEAN - mean) / std).sum((1, 2, 3, 4))
+    return folded.to(weight.dtype), (bias.double() + shift).to(bias.dtype)
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], report: Report) -> Report:
+    """Copy `state` into `module`; every name and shape must match. Fixed position tables are checked, not copied."""
+    state = dict(state)
+    for name, table in module.named_buffers():
+        if (stored := state.pop(name, None)) is not None:
+            same = stored.shape == table.shape
+            if same and not torch.allclose(stored.to(table), table, atol=1e-4):
+                raise WeightsError(f"{report.source}: its {name} is not the fixed sine-cosine table of this model; "
+                                   "choose the matching `positions`")
+            report.changed.append(f"{name}: {'equal to' if same else 'another grid, replaced by'} the computed table")
+            report.used.append(name)
+    weight = state.get("patch_embed.proj.weight")
+    if isinstance(module, Encoder) and module.channels == 1 and weight is not None and weight.shape[1] == 3:
+        folded = fold_grey(weight, state["patch_embed.proj.bias"])
+        state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = folded
+        report.changed.append("patch_embed.proj: three colour channels folded into one grey channel")
+    own = module.state_dict()
+    missing, left = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+              for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or left or shapes:
+        parts = [f"{n} {what} ({', '.join(sorted(names)[:3])}{', …' if n > 3 else ''})" for what, names in
+                 (("missing", missing), ("left over", left), ("of another shape", shapes)) if (n := len(names))]
+        raise WeightsError(f"{report.source}: does not fit this model: {'; '.join(parts)}. "
+                           "Set width, depth, heads and patch in the profile to the checkpoint's")
+    module.load_state_dict(state)
+    report.used += list(state)
+    return report
+
+
+def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = None,
+         decoder: PixelDecoder | None = None, part: str = "target_encoder") -> list[Report]:
+    """Load a published V-JEPA or VideoMAE checkpoint, or one of ours, and report on every key.
+
+    Args:
+        part: for V-JEPA layouts, which encoder: "target_encoder" (named "ema_encoder" in V-JEPA 2.1) or "encoder".
+        predictor, decoder: filled too when given.
+
+    Raises:
+        WeightsError: unreadable, of an unknown layout, or not fitting.
+    """
+    file = read(path)
+    if "model" in file:  # VideoMAE: one state with encoder.*, decoder.*, mask_token, encoder_to_decoder
+        inner = strip(file["model"], "module.")
+        own = {k.removeprefix("encoder."): v for k, v in inner.items() if k.startswith("encoder.")}
+        rest = {k.removeprefix("decoder."): v for k, v in inner.items() if not k.startswith("encoder.")}
+        found = [(encoder, own, "encoder"), (decoder, rest, "decoder")]
+    else:
+        part = "ema_encoder" if part == "target_encoder" and "ema_encoder" in file else part
+        if part not in file:
+            raise WeightsError(f"{path}: holds {', '.join(map(str, file)) or 'nothing'} but no {part!r}; "
+                               "expected a V-JEPA checkpoint (target_encoder, encoder, predictor) or VideoMAE's (model)")
+        found = [(encoder, file[part], part), (predictor, file.get("predictor", {}), "predictor"),
+                 (decoder, file.get("decoder", {}), "decoder")]
+    reports = []
+    for module, state, name in found:
+        if module is not None:
+            report = Report(f"{Path(path).name}[{name}]")
+            state = join_qkv_bias(strip(state, "module.", "backbone."), report)
+            reports.append(load_state(module, state, report))
+    return reports
