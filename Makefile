@@ -29,7 +29,7 @@ setup: $(READY)
 
 # The stamp is touched when everything is in; an interrupted set-up goes on where it stopped.
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up .venv (2 GB, about 5 minutes, once) ..."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
@@ -49,11 +49,11 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	@test -z "$(DATA)" || test -d "$(DATA)" || { echo "DATA: there is no folder $(DATA)"; exit 1; }
 	@data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"; \
-	$(BIN)/snakemake --cores $(JOBS) --rerun-incomplete --nolock --quiet all \
-	--config "profile=$(PROFILE)" "data=$$data"
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(JOBS) --rerun-incomplete --nolock --quiet all \
+	--config "profile=$(PROFILE)" $${data:+"data=$$data"}
 
 lab: $(READY)
-	@$(BIN)/jupyter-lab notebooks/00_start_here.ipynb
+	@$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 test: test-unit test-notebooks
 

@@ -58,12 +58,14 @@ def test_dsc_vs_fraction_interactive_holds_the_same_numbers():
 
 
 def test_lambda_freeze_averages_seeds_and_says_what_is_missing():
-    rows = [(0, 1, 0.5), (0, 1, 0.7), (0, 0.25, 0.8), (12, 0.25, 0.9)]
-    ax = is_drawn(charts.lambda_freeze(pd.DataFrame(rows, columns=["freeze", "lam", "dsc"]))).axes[0]
-    assert [text.get_text() for text in ax.texts] == ["0.600", "0.800", "missing", "0.900"]
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "0.25"]
+    rows = [(0, 1, 0.5), (0, 1, 0.7), (0, 0.25, 0.8), (12, 0.25, 0.9), (0, 0.5, np.nan)]
+    table = pd.DataFrame(rows, columns=["freeze", "lam", "dsc"])
+    ax = is_drawn(charts.lambda_freeze(table)).axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == ["0.600", "missing", "0.800", "missing", "missing", "0.900"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "0.5", "0.25"]
     framed = [text.get_bbox_patch().get_edgecolor()[3] > 0 for text in ax.texts]
-    assert framed == [False, True, False, True]
+    assert framed == [False, False, True, False, False, True]
 
 
 def test_ef_agreement_prints_bias_and_limits():

@@ -87,7 +87,7 @@ def test_reader_of_the_real_data_reads_it(tree):
 
 
 def test_a_reversed_sequence_is_stored_from_es_to_ed(tmp_path):
-    frames = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((3, 4, 5), np.uint8)  # grey level = instant
+    frames = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((3, 4, 5), np.uint8)
     d = {"frames": frames, "masks": 0 * frames, "reverse": True, "spacing": 0.6, "sex": "F", "age": 50,
          "quality": "Good", "ef": 55.4, "frame_rate": 50.0}
     phantom.write_view(tmp_path, "p_4CH", "4CH", d)

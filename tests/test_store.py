@@ -1,6 +1,7 @@
 """The HDF5 file holds what the tree holds, whoever made it and however often the making was interrupted."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import pickle
@@ -319,7 +320,7 @@ def is_running(pid):
 def test_a_killed_conversion_goes_on_and_ends_with_the_same_file(tmp_path, long_tree, workers):
     out = tmp_path / "data.h5"
     process = start(tmp_path, long_tree, out, workers)
-    while not list(Path(f"{out}.parts").glob("*.h5")) and process.poll() is None:
+    while not list(Path(f"{out}.parts").glob("*.npz")) and process.poll() is None:
         time.sleep(0.002)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
@@ -351,13 +352,13 @@ def test_a_part_cut_short_by_a_power_cut_is_made_again(tree, tmp_path, monkeypat
         patch.delattr("usjepa_nb.store._write")  # all parts are made, the file is not
         with pytest.raises(NameError):
             make(tree, out)
-    part = sorted(Path(f"{out}.parts").glob("*.h5"))[1]
+    part = sorted(Path(f"{out}.parts").glob("*.npz"))[1]
     part.write_bytes(part.read_bytes()[:-50])
     report = make(tree, out)
     assert (report.converted, report.reused) == (1, 3)
 
 
-@pytest.mark.parametrize("where", ["h5py.File.create_dataset", "h5py.Dataset.__setitem__"])
+@pytest.mark.parametrize("where", ["numpy.savez_compressed", "h5py.Dataset.__setitem__", "shutil.disk_usage"])
 def test_a_full_disk_leaves_no_half_file_and_says_what_to_do(tree, tmp_path, monkeypatch, where):
     out = tmp_path / "data.h5"
 
@@ -366,11 +367,26 @@ def test_a_full_disk_leaves_no_half_file_and_says_what_to_do(tree, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
-        with pytest.raises(CamusError, match=r"data.h5 could not be written .*No space left.*goes on where it stopped"):
+        with pytest.raises(CamusError, match=r"data.h5 could not be written \(No space.*goes on where it stopped"):
             make(tree, out)
     assert not out.exists() and leftovers(out) == ["data.h5.parts"]
-    assert not [p for p in Path(f"{out}.parts").iterdir() if p.suffix != ".h5"]
+    assert not [p for p in Path(f"{out}.parts").iterdir() if p.suffix != ".npz"]
     assert len(make(tree, out).refused) == 0 and len(Store(out)) == 4
+
+
+def test_hdf5_is_not_begun_where_it_cannot_be_ended(tree, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: usage)
+        with pytest.raises(CamusError, match=r"No space left on device, 0 MB wanted"):
+            make(tree, tmp_path / "data.h5")
+    assert make(tree, tmp_path / "data.h5").reused == 4
+
+
+def test_a_dead_worker_is_told(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("usjepa_nb.parts._end_with_parent", functools.partial(os._exit, 9))
+    with pytest.raises(CamusError, match=r"data.h5: a worker process died: run it again with workers=1"):
+        make(tree, tmp_path / "data.h5", workers=2)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tree, tmp_path):

@@ -137,9 +137,10 @@ def test_pyplot_figures_are_closed():
 
 def test_scrub_shows_the_overlay_of_each_frame(monkeypatch):
     monkeypatch.setenv("USJEPA_EXERCISE", "1")
-    box = widgets.scrub(FRAMES, MASKS, np.roll(MASKS, 1, 2), (0.5, 0.4), titles=["ED", "1", "2", "3", "ES"])
+    reference = np.stack([np.roll(mask, i, 1) for i, mask in enumerate(MASKS)])
+    box = widgets.scrub(FRAMES, MASKS, reference, (0.5, 0.4), titles=["ED", "1", "2", "3", "ES"])
     box.controls["frame"].value = 4
     box.controls["opacity"].value = 0.25
-    wanted = figures.overlay(FRAMES[4], MASKS[4], np.roll(MASKS, 1, 2)[4], (0.5, 0.4), 0.25, "ES")
+    wanted = figures.overlay(FRAMES[4], MASKS[4], reference[4], (0.5, 0.4), 0.25, "ES")
     assert box.picture.value == figures.png(wanted)
     assert (box.controls["frame"].min, box.controls["frame"].max) == (0, 4)

@@ -64,8 +64,8 @@ def ppv(pred, true, label):
 def recall(pred, true, label):
     """Recall, or sensitivity: the share of the reference that was found.
 
-    The reference stands below the line. With |P| there instead, as the formula is said to be printed in the
-    paper, it would be PPV a second time; this is recall as meant.
+    The reference stands below the line. With |P| there instead, a slip that is easily printed, it would be
+    PPV a second time; this is recall as meant.
     """
     both, p, t = _counts(pred, true, label)
     return _ratio(both, t, p, t)  # Rec. = |P and T| / |T|

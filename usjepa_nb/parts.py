@@ -7,7 +7,6 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
-import h5py
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -16,7 +15,7 @@ from usjepa_nb.clips import resize_frame, resize_mask
 
 
 def make(entries, paths, size, *, workers, progress) -> list[tuple[str, str] | None]:
-    """Make one part per entry; for each entry None, or (file, sentence) where it was refused."""
+    """Make one part (.npz) per entry; for each entry None, or (file, sentence) where it was refused."""
     jobs = entries, paths, [size] * len(paths)
     bar = functools.partial(tqdm, total=len(paths), desc="CAMUS", unit="sequence", disable=not progress)
     if min(workers, len(paths)) < 2:
@@ -46,11 +45,10 @@ def _make(entry, path, size):
         "was_reversed": s.was_reversed, "sha256": s.sha256}
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
-        with h5py.File(temporary, "w") as part:
-            part.attrs["row"] = json.dumps(row)
-            part["frames"] = np.stack([resize_frame(frame, size) for frame in s.frames])
-            part["masks"] = np.stack([resize_mask(mask, size) for mask in s.masks])
-            part.create_dataset("native_masks", data=s.masks[[s.ed, s.es]], compression="gzip")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, row=json.dumps(row), native_masks=s.masks[[s.ed, s.es]],
+                                frames=[resize_frame(frame, size) for frame in s.frames],
+                                masks=[resize_mask(mask, size) for mask in s.masks])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -58,13 +56,13 @@ def _make(entry, path, size):
 
 def load(path, what):
     """`frames`, `masks`, `native_masks`, or the `row` of the table (split and start are filled in later)."""
-    with h5py.File(path) as part:
-        return json.loads(part.attrs["row"]) if what == "row" else part[what][()]
+    with np.load(path) as part:
+        return json.loads(str(part[what])) if what == "row" else part[what]
 
 
 def is_whole(path) -> bool:
     try:
-        with h5py.File(path) as part:
-            return "row" in part.attrs
-    except OSError:  # absent, or cut short when the machine went down
+        with np.load(path) as part:
+            return "row" in part
+    except Exception:  # absent, or cut short when the machine went down
         return False

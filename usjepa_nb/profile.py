@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-FOLDER = Path(__file__).resolve().parents[1] / "profiles"
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout
+FOLDER = ROOT / "profiles"
 
 
 class ProfileError(ValueError):
@@ -43,6 +44,7 @@ class Profile:
     decoder_depth: int
     decoder_heads: int
     init: str
+    init_videomae: str
     # masks
     short_range: tuple[int, float]
     long_range: tuple[int, float]

@@ -11,10 +11,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import Generator, Tensor
 
 from usjepa_nb import phantom, pretrain, probe, store, weights
 from usjepa_nb.augment import augment, crop_and_flip
-from usjepa_nb.profile import Profile, load
+from usjepa_nb.profile import ROOT, Profile, load
 from usjepa_nb.vit import Encoder
 
 METHODS = {"random": "frozen random encoder", "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL",
@@ -82,8 +84,19 @@ class Lab:
 
     def __init__(self, profile: str = "tiny", data: str = "", cache: str = "data_cache", seed: int = 0, **changes):
         self.profile: Profile = load(profile, **changes)
-        self.data, self.cache, self.seed = str(data), Path(cache), int(seed)
+        self.data, self.seed = str(data), int(seed)
+        self.cache = ROOT / cache  # an absolute `cache` stays what it is
         self.cache.mkdir(parents=True, exist_ok=True)
+
+    def about(self) -> None:
+        """Print what the results of this notebook depend on: profile, data, seed, versions, device."""
+        p = self.profile
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() and p.accelerator != "cpu" else "CPU"
+        print(f"profile {p.name}: {p.frames} frames of {p.size}×{p.size} px, tokens of {p.tubelet}×{p.patch}×{p.patch}, "
+              f"ViT {p.width} wide, {p.depth} deep; seed {self.seed}")
+        print(f"data: {Path(self.data).name if self.data else 'synthetic phantom'}; {device}, "
+              f"Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, "
+              f"usjepa_nb {version('usjepa-nb')}")
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -92,19 +105,26 @@ class Lab:
         """The CAMUS tree: the given folder, or the phantom, made on first use."""
         if self.data:
             return Path(self.data)
-        p = self.profile
-        root = self.cache / f"phantom-{p.patients}x{p.spacing:g}mm"
+        root = self.cache / self.data_name
         with FileLock(f"{root}.lock"):
-            return phantom.make(root, p.patients, seed=0, spacing=p.spacing)
+            return phantom.make(root, self.profile.patients, seed=0, spacing=self.profile.spacing)
+
+    @property
+    def data_name(self) -> str:
+        """A short name of the data set, for files and titles; two folders of one name differ in the suffix."""
+        if self.data:
+            return f"{Path(self.data).resolve().name}-{digest(str(Path(self.data).resolve()))[:4]}"
+        return f"phantom-{self.profile.patients}x{self.profile.spacing:g}mm"
 
     @property
     def hdf5(self) -> Path:
         """Where the data set's one file lies."""
-        if self.data:
-            name = f"{Path(self.data).resolve().name}-{digest(str(Path(self.data).resolve()))[:4]}"
-        else:
-            name = f"phantom-{self.profile.patients}x{self.profile.spacing:g}mm"
-        return self.cache / f"{name}-{self.profile.size}px.h5"
+        return self.cache / f"{self.data_name}-{self.profile.size}px.h5"
+
+    @property
+    def results(self) -> Path:
+        """Where `make run` puts the executed notebooks and the summary."""
+        return self.cache / "notebooks" / (self.profile.name + (f"-{self.data_name}" if self.data else ""))
 
     @cached_property
     def store(self) -> store.Store:
@@ -176,15 +196,22 @@ class Lab:
         p = self.profile
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec["seed"])
-            positions = "sincos1d" if spec["method"] == "videomae" else "sincos3d"
-            encoder = pretrain.make_encoder(p, self.frames, positions)
-            if p.init != "random":
-                print(*weights.load(p.init, encoder), sep="\n")
             if spec["method"] == "videomae":
+                encoder = self.initial(pretrain.make_encoder(p, self.frames, "sincos1d"), p.init_videomae)
                 return pretrain.VideoMAE(p, self.frames, encoder)
+            encoder = pretrain.make_encoder(p, self.frames)
             if spec["method"] == "supervised":
-                return probe.Supervised(p, self.frames, encoder)
+                return probe.Supervised(p, self.frames, encoder)  # from random weights; the paper does not say
+            if spec["method"] != "random":
+                encoder = self.initial(encoder, p.init)
             return pretrain.VJEPA(p, self.frames, encoder, spec["lam"], spec["freeze"])
+
+    @staticmethod
+    def initial(encoder: Encoder, init: str) -> Encoder:
+        """Fill the encoder from the checkpoint `init`, reporting every key; "random" leaves it as drawn."""
+        if init != "random":
+            print(*weights.load(ROOT / init, encoder), sep="\n")
+        return encoder
 
     def encoder(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> Run:
         """An encoder of the method, loaded from disk or else trained, with a line that says which."""
@@ -221,11 +248,10 @@ class Lab:
             return pretrain.monitors(z[:, seen.all(0)])
 
         if spec["method"] == "supervised":
-            rows = self.labelled(spec["fraction"])
-            grey, masks = (torch.from_numpy(v) for v in self.clips(rows))
+            grey, masks = (torch.from_numpy(v) for v in self.clips(self.labelled(spec["fraction"])))
 
             def batches(generator, n):
-                index = torch.randint(len(rows), (n,), generator=generator)
+                index = torch.randint(len(grey), (n,), generator=generator)
                 return grey[index], masks[index]
         else:
             batches = self.batches(self.store.rows("train"))

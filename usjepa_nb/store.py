@@ -6,9 +6,11 @@ Every frame is resized whole to S x S: nothing is cropped, the aspect ratio chan
 axis. For distances in millimetres the ED and ES masks are also kept at native size.
 """
 
+import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from concurrent.futures.process import BrokenProcessPool
@@ -55,9 +57,11 @@ def convert(root, out, size, *, workers=2, seed=0, progress=True) -> Report:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{out}.lock"):
             return _convert(root, entries, out, int(size), workers, seed, progress)
-    except (OSError, BrokenProcessPool) as error:
-        raise CamusError(f"{out} could not be written ({error}): see that its folder is writable, with space "
-                         "and memory to spare, and run it again; it goes on where it stopped.") from error
+    except BrokenProcessPool as error:
+        raise CamusError(f"{out}: a worker process died: run it again with workers=1.") from error
+    except OSError as error:
+        raise CamusError(f"{out} could not be written ({error.strerror or error}): see that its folder is "
+                         "writable and has space, then run it again; it goes on where it stopped.") from error
 
 
 def _convert(root, entries, out, size, workers, seed, progress):
@@ -69,10 +73,10 @@ def _convert(root, entries, out, size, workers, seed, progress):
     for entry in entries:
         report.refused.update(entry.left_out)
         mark = _mark(entry, size)
-        sources[mark] = before.get(mark) or functools.partial(parts.load, folder / f"{mark}.h5")
-        if mark not in before and not parts.is_whole(folder / f"{mark}.h5"):
+        sources[mark] = before.get(mark) or functools.partial(parts.load, folder / f"{mark}.npz")
+        if mark not in before and not parts.is_whole(folder / f"{mark}.npz"):
             todo[mark] = entry
-    refusals = parts.make(todo.values(), [folder / f"{mark}.h5" for mark in todo], size,
+    refusals = parts.make(todo.values(), [folder / f"{mark}.npz" for mark in todo], size,
                           workers=workers, progress=progress and bool(todo))
     for mark, refusal in zip(todo, refusals, strict=True):
         if refusal:
@@ -128,6 +132,9 @@ def _load(store, i, what):
 
 def _write(path, sources, rows, attrs):
     shape = (rows[-1]["start"] + rows[-1]["length"], attrs["size"], attrs["size"])
+    needed = 2 * math.prod(shape) + 32_000 * len(rows)  # bytes; HDF5 itself crashes on a full disk
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device, {needed / 1e6:.0f} MB wanted")
     try:
         with h5py.File(path, "w") as file:
             file.attrs.update(attrs)
