@@ -1,7 +1,6 @@
 """The HDF5 file holds what the tree holds, whoever made it and however often the making was interrupted."""
 
 import errno
-import functools
 import multiprocessing
 import os
 import pickle
@@ -19,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_camus import REAL, REAL_MHD, film, real, real_mhd, write_lists, write_nifti, write_patient
+from test_camus import REAL, REAL_MHD, film, real, real_mhd, write_cfg, write_lists, write_nifti, write_patient
 
 from usjepa_nb import camus
 from usjepa_nb.camus import UNLABELLED, CamusError
@@ -178,6 +177,9 @@ def test_ed_es_only_means_every_labelled_sequence(tree, tmp_path, store):
     make(tree, tmp_path / "few.h5")
     with Store(tmp_path / "few.h5") as few:
         assert few.ed_es_only  # the film that is left has no masks
+    shutil.rmtree(tree / "database_nifti" / "patient0003")
+    make(tree, tmp_path / "few.h5")
+    assert not Store(tmp_path / "few.h5").ed_es_only
 
 
 @pytest.mark.parametrize("rule", ["cover", "step"])
@@ -219,6 +221,8 @@ def test_what_is_done_is_reused_and_what_changed_is_made_again(tree, tmp_path):
     assert counts() == (0, 4) and out.stat().st_mtime_ns == before.st_mtime_ns and leftovers(out) == []
     write_patient(tree / "database_nifti", "patient0001", "2CH", seed=7)
     assert counts() == (1, 3)
+    write_cfg(tree / "database_nifti" / "patient0001", "2CH", EF=55)  # as many bytes as before
+    assert counts() == (1, 3) and Store(out).table["ef"][0] == 55
     write_patient(tree / "database_nifti", "patient0000", "4CH")
     assert counts() == (1, 4)
     shutil.rmtree(tree / "database_nifti" / "patient0002")
@@ -254,6 +258,14 @@ def test_a_bad_sequence_is_reported_and_the_rest_converts(tree, tmp_path):
     assert make(tree, out).converted == 1 and len(Store(out)) == 4
 
 
+def test_a_patient_that_turns_up_twice_later_is_no_longer_taken(tree, tmp_path):
+    make(tree, tmp_path / "data.h5")
+    shutil.copytree(tree / "database_nifti" / "patient0002", tree / "old" / "patient0002")
+    report = make(tree, tmp_path / "data.h5")
+    assert "patient0002 is there twice" in " ".join(report.refused.values())
+    assert "patient0002" not in Store(tmp_path / "data.h5").table["patient"].tolist()
+
+
 def test_when_nothing_converts_there_is_no_file_but_a_sentence(tmp_path):
     folder, _ = write_patient(tmp_path / "tree")
     (folder / "Info_4CH.cfg").unlink()
@@ -286,9 +298,8 @@ def test_a_raw_file_that_comes_later_is_taken_in(tmp_path):
 SCRIPT = """
 import sys
 from usjepa_nb.store import convert
-if __name__ == "__main__":
-    report = convert(sys.argv[1], sys.argv[2], 64, workers=int(sys.argv[3]), progress=False)
-    print(report.converted, report.reused)
+report = convert(sys.argv[1], sys.argv[2], 64, workers=int(sys.argv[3]), progress=False)
+print(report.converted, report.reused)
 """
 
 
@@ -334,6 +345,14 @@ def test_a_killed_conversion_goes_on_and_ends_with_the_same_file(tmp_path, long_
     assert report.reused >= 1 and report.converted >= 1 and report.reused + report.converted == 12
     make(long_tree, tmp_path / "undisturbed.h5", size=64)
     assert out.read_bytes() == (tmp_path / "undisturbed.h5").read_bytes() and leftovers(out) == []
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path, tree):
+    process = start(tmp_path, tree, tmp_path / "data.h5", 2)
+    try:
+        assert process.communicate(timeout=120)[0] == b"4 0\n" and process.returncode == 0
+    finally:
+        process.kill()
 
 
 def test_two_processes_at_once_end_with_one_good_file(tmp_path, long_tree):
@@ -384,7 +403,7 @@ def test_hdf5_is_not_begun_where_it_cannot_be_ended(tree, tmp_path, monkeypatch)
 
 
 def test_a_dead_worker_is_told(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr("usjepa_nb.parts._end_with_parent", functools.partial(os._exit, 9))
+    monkeypatch.setattr("usjepa_nb.parts._make", lambda *job: os._exit(9))
     with pytest.raises(CamusError, match=r"data.h5: a worker process died: run it again with workers=1"):
         make(tree, tmp_path / "data.h5", workers=2)
 

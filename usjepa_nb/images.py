@@ -1,6 +1,7 @@
 """One image file of CAMUS, NIfTI or MHD -> uint8 [T, H, W], or one sentence on why not."""
 
 import gzip
+import io
 import math
 import re
 
@@ -70,7 +71,8 @@ def _load_nifti(path):
         raise ValueError(f"{len(data)} bytes for {image.shape} pixels")
     array = np.asanyarray(image.dataobj).T  # (x, y[, t]) on disk, so the transpose stands upright
     array = array.reshape(-1, *array.shape[-2:]) if math.prod(array.shape[:-3]) == 1 else array
-    return array, tuple(round(float(mm), 6) for mm in image.header.get_zooms()[1::-1])
+    header = nibabel.Nifti1Header.from_fileobj(io.BytesIO(data), check=False)  # checked, 0 mm turns into 1 mm
+    return array, tuple(round(float(mm), 6) for mm in header.get_zooms()[1::-1])
 
 
 def _load_mhd(path):

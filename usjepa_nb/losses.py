@@ -30,7 +30,7 @@ def l_jepa(predicted: Tensor, target: Tensor, valid: Tensor | None = None, beta:
 
 def position(index: Tensor, grid: Grid) -> Tensor:
     """Flat token index [...] -> (t, i, j) coordinates in tokens, [..., 3]."""
-    t, y, x = grid
+    _, y, x = grid
     return torch.stack([index // (y * x), index // x % y, index % x], -1)
 
 
@@ -93,8 +93,7 @@ def pixel_targets(clips: Tensor, tubelet: Grid, index: Tensor) -> Tensor:
     Pixels come in (pt, ph, pw, C) order, as in the published head.
     """
     patches = patchify(clips, tubelet)
-    B, N = patches.shape[:2]
-    picked = gather(patches.flatten(2), index).view(B, index.shape[1], clips.shape[1], -1)
+    picked = gather(patches.flatten(2), index).view(*index.shape[:1], index.shape[1], clips.shape[1], -1)
     mean, std = picked.mean(-1, keepdim=True), picked.var(-1, keepdim=True).sqrt()
     return ((picked - mean) / (std + 1e-6)).transpose(2, 3).flatten(2)
 

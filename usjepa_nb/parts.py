@@ -1,33 +1,18 @@
 """One sequence -> one small file of resized frames and masks, by several workers; it is whole or absent."""
 
-import functools
 import json
-import multiprocessing
 import os
-import threading
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from usjepa_nb import camus
+from usjepa_nb import camus, parallel
 from usjepa_nb.clips import resize_frame, resize_mask
 
 
 def make(entries, paths, size, *, workers, progress) -> list[tuple[str, str] | None]:
     """Make one part (.npz) per entry; for each entry None, or (file, sentence) where it was refused."""
-    jobs = entries, paths, [size] * len(paths)
-    bar = functools.partial(tqdm, total=len(paths), desc="CAMUS", unit="sequence", disable=not progress)
-    if min(workers, len(paths)) < 2:
-        return list(bar(map(_make, *jobs)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        return list(bar(pool.map(_make, *jobs)))
-
-
-def _end_with_parent():
-    """Without this, the workers of a killed process would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    jobs = [(entry, path, size) for entry, path in zip(entries, paths, strict=True)]
+    return parallel.run(_make, jobs, workers, desc="CAMUS", unit="sequence", disable=not progress)
 
 
 def _make(entry, path, size):

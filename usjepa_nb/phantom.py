@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from usjepa_nb import workers as processes
+from usjepa_nb import parallel
 from usjepa_nb.anatomy import VIEWS
 from usjepa_nb.echo import QUALITY, render
 
@@ -95,7 +95,7 @@ def make(root, patients=60, seed=0, *, spacing=0.6, workers=2, progress=True):
         patients: How many; the same patient number looks the same in a larger set.
         seed: Chooses the whole data set, bit for bit, whatever `workers` is.
         spacing: Pixel size, mm (each patient differs from it by up to 3 %); CAMUS has 0.308.
-        workers: Processes. Scripts that use more than one need the `if __name__ == "__main__"` guard.
+        workers: Processes.
         progress: Show a bar.
 
     Returns:
@@ -110,13 +110,8 @@ def make(root, patients=60, seed=0, *, spacing=0.6, workers=2, progress=True):
     claim(root, what="synthetic echocardiography in the layout of CAMUS, no patient data", version=VERSION,
           seed=seed, patients=patients, spacing=float(spacing))
     todo = [n for n in range(1, patients + 1) if not (root / f"database_nifti/patient{n:04d}").is_dir()]
-    job = partial(write_patient, root=root, seed=seed, spacing=spacing)
-    bar = partial(tqdm, total=len(todo), desc="phantom", unit="patient", disable=not progress)
-    if min(workers, len(todo)) > 1:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            list(bar(pool.map(job, todo)))
-    else:
-        list(bar(map(job, todo)))
+    parallel.run(write_patient, [(number, root, seed, spacing) for number in todo], workers,
+                 desc="phantom", unit="patient", disable=not progress)
     for part, names in split(patients, seed).items():
         write_text(root / f"database_split/subgroup_{part}.txt", "\n".join(names))
     shutil.rmtree(root / ".partial", ignore_errors=True)  # what killed runs left behind

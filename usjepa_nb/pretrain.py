@@ -229,8 +229,8 @@ def states(objective: nn.Module) -> dict[str, dict]:
     return parts | {"buffers": dict(objective.named_buffers(recurse=False))}
 
 
-def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-    """Load `path` if it exists -> (steps done, history so far)."""
+def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, list[dict]]:
+    """Load the checkpoint `path` if it exists -> (steps done, history so far)."""
     from usjepa_nb import weights  # weights knows our own layout too
 
     if not path.exists():
@@ -240,7 +240,8 @@ def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -
         module.load_state_dict(file[name])
     for name, buffer in objective.named_buffers(recurse=False):
         buffer.copy_(file["buffers"][name])
-    optimizer.load_state_dict(file["optimizer"])
+    if optimizer is not None:
+        optimizer.load_state_dict(file["optimizer"])
     return file["step"], file["history"]
 
 

@@ -149,7 +149,8 @@ def load(name: str, **changes) -> Profile:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ProfileError(f"{path}: is not readable as YAML ({str(e).splitlines()[0]}); compare it with profiles/tiny.yaml") from e
+        reason = str(e).splitlines()[0]
+        raise ProfileError(f"{path}: is not readable as YAML ({reason}); compare it with profiles/tiny.yaml") from e
     if not isinstance(values, dict):
         raise ProfileError(f"{path}: holds no settings; compare it with profiles/tiny.yaml")
     values |= changes

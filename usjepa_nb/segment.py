@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from usjepa_nb import metrics, probe
-from usjepa_nb.runs import Lab, Run, digest, label
+from usjepa_nb.dataset import digest
+from usjepa_nb.runs import Lab, Run, label
 from usjepa_nb.vit import Encoder
 
 PROBING = ("probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
@@ -44,11 +45,11 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
         guess, begun = shape_prior(lab, rows, fraction), time.time()
         spec = {"method": "prior", "lam": 1.0, "freeze": 0, "seed": lab.seed}
         return Segmentation(spec, rows, guess, guess, scores(lab, spec, rows, guess, guess), [], time.time() - begun)
-    run = lab.encoder(method, lam, freeze, fraction)
+    spec = lab.spec(method, lam, freeze, fraction)
     tag = digest([{k: getattr(lab.profile, k) for k in PROBING}, fraction, lab.seed, online])
-    path = run.folder / f"segmentation-{fraction}pc-{tag}.npz"
+    path = lab.folder(spec) / f"segmentation-{fraction}pc-{tag}.npz"
     if not path.exists():
-        begun = time.time()
+        run, begun = lab.encoder(method, lam, freeze, fraction), time.time()
         best, last, history = segment(lab, run, rows, fraction, run.objective.encoder if online else None)
         part = path.with_suffix(f".{os.getpid()}.npz")
         np.savez_compressed(part, best=best, last=last, history=json.dumps(history), seconds=time.time() - begun)
@@ -56,7 +57,7 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     with np.load(path) as file:
         best, last, history = file["best"], file["last"], json.loads(str(file["history"]))
         seconds = float(file["seconds"])
-    return Segmentation(run.spec, rows, best, last, scores(lab, run.spec, rows, best, last), history, seconds)
+    return Segmentation(spec, rows, best, last, scores(lab, spec, rows, best, last), history, seconds)
 
 
 def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None) -> tuple:

@@ -69,7 +69,7 @@ def _convert(root, entries, out, size, workers, seed, progress):
         left.unlink()
     folder = Path(f"{out}.parts")
     folder.mkdir(exist_ok=True)
-    report, before, sources, todo = Report(), _made_before(out, size), {}, {}
+    report, before, sources, todo = Report(), _made_before(out), {}, {}
     for entry in entries:
         report.refused.update(entry.left_out)
         mark = _mark(entry, size)
@@ -116,14 +116,13 @@ def _mark(entry, size):
     return f"{entry.patient}_{entry.view}_{_hash([VERSION, size, str(entry.problem), state])[:16]}"
 
 
-def _made_before(out, size):
+def _made_before(out):
     """{mark: function that loads it} of the file that is to be replaced."""
     try:
         store = Store(out)
     except CamusError:
         return {}
-    marks = store.marks if store.size == size else ()
-    return {mark: functools.partial(_load, store, i) for i, mark in enumerate(marks)}
+    return {mark: functools.partial(_load, store, i) for i, mark in enumerate(store.marks)}
 
 
 def _load(store, i, what):
@@ -181,7 +180,7 @@ class Store:
         if not self.path.is_file():
             raise CamusError(f"{self.path} is not there: make it with store.convert.")
         try:
-            self._file, self._pid = h5py.File(self.path, "r", locking=False), os.getpid()
+            self._file = h5py.File(self.path, "r", locking=False)
         except OSError as error:
             what = f"{self.path} is cut short or no HDF5 file ({error})"
             raise CamusError(f"{what}: delete it and convert again.") from None
@@ -230,8 +229,6 @@ class Store:
         return np.flatnonzero(keep)
 
     def _slice(self, name, i, first=0, last=None):
-        if self._pid != os.getpid():  # forked: a handle of one's own
-            self._open()
         start, length = (int(self._columns[column][i]) for column in ("start", "length"))
         return self._file[name][start + first:start + (length if last is None else last + 1)]
 
@@ -245,8 +242,6 @@ class Store:
 
     def native_masks(self, i) -> np.ndarray | None:
         """uint8 [2, h, w]: the ED and ES masks at native size; None where there is no reference."""
-        if self._pid != os.getpid():
-            self._open()
         return self._file[f"native/{int(i)}"][()] if self._columns["labelled"][i] else None
 
     def clip(self, i, frames, rule="cover", step=4, offset=0.0) -> Clip:

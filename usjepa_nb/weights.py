@@ -135,7 +135,7 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
         part = "ema_encoder" if part == "target_encoder" and "ema_encoder" in file else part
         if part not in file:
             raise WeightsError(f"{path}: holds {', '.join(map(str, file)) or 'nothing'} but no {part!r}; "
-                               "expected a V-JEPA checkpoint (target_encoder, encoder, predictor) or VideoMAE's (model)")
+                               "expected V-JEPA's (target_encoder, encoder, predictor) or VideoMAE's (model)")
         found = [(encoder, file[part], part), (predictor, file.get("predictor", {}), "predictor"),
                  (decoder, file.get("decoder", {}), "decoder")]
     reports = []

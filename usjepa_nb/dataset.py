@@ -1,0 +1,126 @@
+"""One profile, one data set, one seed: the CAMUS tree (given, or the phantom), its HDF5 file, clips and batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Generator, Tensor
+
+from usjepa_nb import phantom, store
+from usjepa_nb.augment import augment, crop_and_flip
+from usjepa_nb.profile import ROOT, Profile, load
+
+
+def digest(value) -> str:
+    """A short name for a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+class Dataset:
+    """The data half of a `runs.Lab`.
+
+    Args:
+        profile: name of a profile or path of a YAML file.
+        data: a CAMUS folder; empty makes the phantom.
+        cache: where data, runs and features are kept.
+        seed: of the phantom's split, the initial weights, the batches and the probes.
+        changes: single settings to override.
+    """
+
+    def __init__(self, profile: str = "tiny", data: str = "", cache: str = "data_cache", seed: int = 0, **changes):
+        self.profile: Profile = load(profile, **changes)
+        self.data, self.seed = str(data), int(seed)
+        self.cache = ROOT / cache  # an absolute `cache` stays what it is
+        self.cache.mkdir(parents=True, exist_ok=True)
+
+    def about(self) -> None:
+        """Print what the results of this notebook depend on: profile, data, seed, versions, device."""
+        p = self.profile
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() and p.accelerator != "cpu" else "CPU"
+        print(f"profile {p.name}: {p.frames} frames of {p.size}×{p.size} px, tokens of {p.tubelet}×{p.patch}×{p.patch}, "
+              f"ViT {p.width} wide, {p.depth} deep; seed {self.seed}")
+        print(f"data: {Path(self.data).name if self.data else 'synthetic phantom'}; {device}, "
+              f"Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, "
+              f"usjepa_nb {version('usjepa-nb')}")
+
+    @property
+    def tree(self) -> Path:
+        """The CAMUS tree: the given folder, or the phantom, made on first use."""
+        if self.data:
+            return Path(self.data)
+        root = self.cache / self.data_name
+        with FileLock(f"{root}.lock"):
+            return phantom.make(root, self.profile.patients, seed=0, spacing=self.profile.spacing)
+
+    @property
+    def data_name(self) -> str:
+        """A short name of the data set, for files and titles; two folders of one name differ in the suffix."""
+        if self.data:
+            return f"{Path(self.data).resolve().name}-{digest(str(Path(self.data).resolve()))[:4]}"
+        return f"phantom-{self.profile.patients}x{self.profile.spacing:g}mm"
+
+    @property
+    def hdf5(self) -> Path:
+        """Where the data set's one file lies."""
+        return self.cache / f"{self.data_name}-{self.profile.size}px.h5"
+
+    @property
+    def results(self) -> Path:
+        """Where `make run` puts the executed notebooks and the summary."""
+        return self.cache / "notebooks" / (self.profile.name + (f"-{self.data_name}" if self.data else ""))
+
+    @cached_property
+    def store(self) -> store.Store:
+        """The data set as one HDF5 file, converted on first use."""
+        if not self.hdf5.exists() or self.data:
+            report = store.convert(self.tree, self.hdf5, self.profile.size)
+            for message in report.refused.values():
+                print(f"refused: {message}")
+            print(f"{self.hdf5.name}: {report.converted} sequences converted, {report.reused} reused, "
+                  f"{len(report.refused)} refused")
+        opened = store.Store(self.hdf5)
+        if opened.ed_es_only:
+            print("ED/ES only: these clips are [ED, ED, ES, ES], not video; read every result below with that in mind")
+        return opened
+
+    @property
+    def frames(self) -> int:
+        """Frames per clip: the profile's, or two tubelets where the data holds only ED and ES."""
+        return 2 * self.profile.tubelet if self.store.ed_es_only else self.profile.frames
+
+    def clips(self, rows: np.ndarray, generator: Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Clips and masks of store rows, uint8 [n, T, S, S] each; a generator shifts the instants within their stride."""
+        p, cut = self.profile, []
+        for i in rows:
+            offset = 0.0 if generator is None else float(torch.rand((), generator=generator))
+            cut.append(self.store.clip(int(i), self.frames, p.clip_rule, p.frame_step, offset))
+        return np.stack([c.frames for c in cut]), np.stack([c.masks for c in cut])
+
+    def batches(self, rows: np.ndarray):
+        """A function (generator, n) -> augmented grey clips [n, T, S, S] drawn from store rows."""
+        view = {"mild": lambda x, g: augment(x, g)[0], "published": crop_and_flip, "none": lambda x, g: x.float()}
+        view = view[self.profile.augmentation]
+
+        def batch(generator: Generator, n: int) -> Tensor:
+            chosen = rows[torch.randint(len(rows), (n,), generator=generator).numpy()]
+            return view(torch.from_numpy(self.clips(chosen, generator)[0]), generator)
+        return batch
+
+    def labelled(self, fraction: int = 100) -> np.ndarray:
+        """Training rows of the first `fraction` % of the patients: nested, by patient, spread over image quality."""
+        table = self.store.table.loc[self.store.rows("train", labelled=True)]
+        patients = table.drop_duplicates("patient").sort_values("patient")
+        patients = patients.sample(frac=1, random_state=self.seed)
+        rank = (patients.groupby("quality").cumcount() + 0.5) / patients.groupby("quality")["patient"].transform("size")
+        order = patients["patient"].iloc[np.argsort(rank.to_numpy(), kind="stable")]
+        chosen = set(order.iloc[:math.ceil(fraction / 100 * len(order))])
+        return table.index[table["patient"].isin(chosen)].to_numpy()
