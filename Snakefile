@@ -1,24 +1,25 @@
 # One rule: a notebook, executed by papermill with parameters. Notebooks keep their results in data_cache/runs under a
 # hash of what made them, so the same result is never made twice, and jobs may run side by side.
 
+import shlex
+
+from usjepa_nb.dataset import Dataset
+
 PROFILE = config.get("profile", "tiny")
 DATA = str(config.get("data", ""))
 SEED = config.get("seed", 0)
-from usjepa_nb.profile import load
-from usjepa_nb.runs import Lab
 
-lab = Lab(PROFILE, DATA, seed=SEED)
+lab = Dataset(PROFILE, DATA, seed=SEED)
 OUT = str(lab.results.relative_to(workflow.basedir))
-HALF = lab.profile.freezes[-1]
 
-# The walk, in order. Notebooks 04 and 05 only read what the encoders below trained.
+# The walk, in order.
 WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_localisation", "04_lambda_ablation",
         "05_probe_segmentation", "06_qualitative_overlays", "90_solutions"]
 
-# Cells of the grid: the notebooks a learner opens, with other parameters.
-GRID = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze}"
-        for freeze in lab.profile.freezes for lam in lab.profile.lams}
-GRID |= {f"05_probe_segmentation--{m}": f"-p methods {m}" for m in ("videomae", "supervised")}
+# Cells of the grid: notebooks of the walk with other parameters, side by side. 04 and 05 then find their runs ready.
+ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze}"
+            for freeze in lab.profile.freezes for lam in lab.profile.lams if (lam, freeze) != (0.25, 0)}
+GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}" for m in ("videomae", "supervised")}
 
 
 def needs(wildcards):
@@ -29,9 +30,9 @@ def needs(wildcards):
     if name == "01_camus_to_hdf5":  # 00 makes the data
         return OUT + "/00_start_here.ipynb"
     if name.startswith("04_"):
-        return expand(OUT + "/{n}.ipynb", n=[n for n in GRID if n.startswith("03_")])
+        return expand(OUT + "/{n}.ipynb", n=["03_vjepa_localisation", *ABLATION])
     if name == "05_probe_segmentation":
-        return expand(OUT + "/{n}.ipynb", n=GRID)
+        return expand(OUT + "/{n}.ipynb", n=["04_lambda_ablation", *GRID])
     if name == "06_qualitative_overlays":
         return OUT + "/05_probe_segmentation.ipynb"
     return OUT + "/01_camus_to_hdf5.ipynb"
@@ -39,7 +40,7 @@ def needs(wildcards):
 
 rule all:
     input: expand(OUT + "/{n}.ipynb", n=WALK)  # no output: the table is printed every time
-    shell: "python -m usjepa_nb.summary {PROFILE:q} {DATA:q} {SEED}"
+    shell: "python -m usjepa_nb.summary {PROFILE:q} {SEED} {DATA:q}"
 
 
 rule notebook:
@@ -47,7 +48,7 @@ rule notebook:
     output: OUT + "/{name}.ipynb"
     params:
         source=lambda w: w.name.split("--")[0],
-        extra=lambda w: GRID.get(w.name, ""),
+        extra=lambda w: GRID.get(w.name, "") + (f" -p data {shlex.quote(DATA)}" if DATA else ""),
     shell:
         "OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {output:q} --html "
-        "-p profile {PROFILE:q} -p data {DATA:q} -p seed {SEED} {params.extra}"
+        "-p profile {PROFILE:q} -p seed {SEED} {params.extra}"

@@ -11,18 +11,34 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from filelock import FileLock
 from torch import Generator, Tensor
 
 from usjepa_nb import phantom, store
 from usjepa_nb.augment import augment, crop_and_flip
+from usjepa_nb.camus import CamusError
 from usjepa_nb.profile import ROOT, Profile, load
 
 
 def digest(value) -> str:
     """A short name for a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def refuse_leaks(table: pd.DataFrame, where) -> None:
+    """See that no patient is in two parts, under one name or (same files) under two.
+
+    Raises:
+        CamusError: naming the patients.
+    """
+    for key in ("patient", "sha256"):
+        for _, same in table.groupby(key):
+            names, parts = same["patient"].unique(), same["split"].unique()
+            if len(parts) > 1:
+                raise CamusError(f"{where}: {' = '.join(names)} is in {' and '.join(parts)} at once, so scores would "
+                                 "mean nothing: correct the CAMUS folder, delete this file and convert again")
 
 
 class Dataset:
@@ -32,7 +48,7 @@ class Dataset:
         profile: name of a profile or path of a YAML file.
         data: a CAMUS folder; empty makes the phantom.
         cache: where data, runs and features are kept.
-        seed: of the phantom's split, the initial weights, the batches and the probes.
+        seed: of labelled patients, initial weights, batches and probes.
         changes: single settings to override.
     """
 
@@ -46,8 +62,8 @@ class Dataset:
         """Print what the results of this notebook depend on: profile, data, seed, versions, device."""
         p = self.profile
         device = torch.cuda.get_device_name() if torch.cuda.is_available() and p.accelerator != "cpu" else "CPU"
-        print(f"profile {p.name}: {p.frames} frames of {p.size}×{p.size} px, tokens of {p.tubelet}×{p.patch}×{p.patch}, "
-              f"ViT {p.width} wide, {p.depth} deep; seed {self.seed}")
+        print(f"profile {p.name}: {p.frames} frames of {p.size}×{p.size} px, "
+              f"tokens of {p.tubelet}×{p.patch}×{p.patch}, ViT {p.width} wide, {p.depth} deep; seed {self.seed}")
         print(f"data: {Path(self.data).name if self.data else 'synthetic phantom'}; {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, "
               f"usjepa_nb {version('usjepa-nb')}")
@@ -88,6 +104,7 @@ class Dataset:
             print(f"{self.hdf5.name}: {report.converted} sequences converted, {report.reused} reused, "
                   f"{len(report.refused)} refused")
         opened = store.Store(self.hdf5)
+        refuse_leaks(opened.table, self.hdf5)
         if opened.ed_es_only:
             print("ED/ES only: these clips are [ED, ED, ES, ES], not video; read every result below with that in mind")
         return opened
@@ -98,7 +115,10 @@ class Dataset:
         return 2 * self.profile.tubelet if self.store.ed_es_only else self.profile.frames
 
     def clips(self, rows: np.ndarray, generator: Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Clips and masks of store rows, uint8 [n, T, S, S] each; a generator shifts the instants within their stride."""
+        """Clips and masks of store rows, uint8 [n, T, S, S] each; a generator shifts instants within their stride."""
+        if not len(rows):
+            raise CamusError(f"{self.data_name}: no clip to take, a part of the split is empty ({self.store.split_note}); "
+                             "give it three patients with masks at least")
         p, cut = self.profile, []
         for i in rows:
             offset = 0.0 if generator is None else float(torch.rand((), generator=generator))
@@ -106,7 +126,14 @@ class Dataset:
         return np.stack([c.frames for c in cut]), np.stack([c.masks for c in cut])
 
     def batches(self, rows: np.ndarray):
-        """A function (generator, n) -> augmented grey clips [n, T, S, S] drawn from store rows."""
+        """A function (generator, n) -> augmented grey clips [n, T, S, S] drawn from store rows, for training.
+
+        Raises:
+            ValueError: a row is not in the training part.
+        """
+        if others := sorted(set(self.store.table.loc[rows, "split"]) - {"train"}):
+            raise ValueError(f"batches are for training, and some of these rows belong to {', '.join(others)}: "
+                             'take store.rows("train")')
         view = {"mild": lambda x, g: augment(x, g)[0], "published": crop_and_flip, "none": lambda x, g: x.float()}
         view = view[self.profile.augmentation]
 
@@ -116,11 +143,17 @@ class Dataset:
         return batch
 
     def labelled(self, fraction: int = 100) -> np.ndarray:
-        """Training rows of the first `fraction` % of the patients: nested, by patient, spread over image quality."""
+        """Training rows of the first `fraction` % of the patients: nested, by patient, spread over image quality.
+
+        Raises:
+            ValueError: a fraction that is not in (0, 100].
+        """
+        if not 0 < fraction <= 100:
+            raise ValueError(f"fraction = {fraction} % of the training patients is not possible: choose 1…100")
         table = self.store.table.loc[self.store.rows("train", labelled=True)]
         patients = table.drop_duplicates("patient").sort_values("patient")
         patients = patients.sample(frac=1, random_state=self.seed)
         rank = (patients.groupby("quality").cumcount() + 0.5) / patients.groupby("quality")["patient"].transform("size")
         order = patients["patient"].iloc[np.argsort(rank.to_numpy(), kind="stable")]
-        chosen = set(order.iloc[:math.ceil(fraction / 100 * len(order))])
+        chosen = set(order.iloc[:math.ceil(fraction * len(order) / 100)])
         return table.index[table["patient"].isin(chosen)].to_numpy()

@@ -98,12 +98,19 @@ def multiblock(grid: Grid, batch: int, generator: Generator, *, blocks: int, sca
 
 def tube(grid: Grid, batch: int, generator: Generator, *, ratio: float = 0.9, allowed: Tensor | None = None,
          rule: str = "random") -> Masks:
-    """VideoMAE's tube mask: one random spatial mask per clip, the same at every time; `ratio` of the area hidden."""
+    """VideoMAE's tube mask: one random spatial mask per clip, the same at every time; `ratio` of the area hidden.
+
+    Raises:
+        ValueError: a clip has fewer than two places in the sector, so nothing could be hidden and something shown.
+    """
     t, y, x = grid
     floor = torch.ones(batch, y * x, dtype=torch.bool) if allowed is None else allowed.view(batch, t, -1).any(1)
     noise = torch.where(floor, torch.rand(batch, y * x, generator=generator), -1.0)
     rank = noise.argsort(1, descending=True).argsort(1)  # 0 for the largest noise within the sector
     count = floor.sum(1, keepdim=True)
+    if count.min() < 2:
+        raise ValueError(f"a {y}×{x} grid leaves a clip {int(count.min())} places in the sector, a tube mask needs 2: "
+                         "use a finer patch or all tokens")
     hide = (count * ratio).long().clamp(min=1).minimum(count - 1)
     return make_masks((rank < hide).repeat(1, t), allowed, rule, generator)
 

@@ -5,7 +5,7 @@ import threading
 import time
 
 from joblib import Parallel, delayed, parallel_config
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 def run(function, jobs, workers, **bar) -> list:

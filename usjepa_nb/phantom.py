@@ -111,7 +111,7 @@ def make(root, patients=60, seed=0, *, spacing=0.6, workers=2, progress=True):
           seed=seed, patients=patients, spacing=float(spacing))
     todo = [n for n in range(1, patients + 1) if not (root / f"database_nifti/patient{n:04d}").is_dir()]
     parallel.run(write_patient, [(number, root, seed, spacing) for number in todo], workers,
-                 desc="phantom", unit="patient", disable=not progress)
+                 desc="phantom", unit="patient", disable=not (progress and todo))
     for part, names in split(patients, seed).items():
         write_text(root / f"database_split/subgroup_{part}.txt", "\n".join(names))
     shutil.rmtree(root / ".partial", ignore_errors=True)  # what killed runs left behind

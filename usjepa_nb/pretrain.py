@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from usjepa_nb import losses, masking
+from usjepa_nb import losses, masking, weights
 from usjepa_nb.augment import standardise
 from usjepa_nb.masking import rectangle, sector_tokens
 from usjepa_nb.profile import Profile
@@ -111,7 +111,7 @@ class VJEPA(nn.Module):
         jepa = ll = x.new_zeros(())
         kinds = (self.p.short_range, self.p.long_range)
         for kind, (blocks, scale) in enumerate(kinds):
-            masks = masking.multiblock(self.grid, len(x), generator, blocks=int(blocks), scale=scale, rule=self.p.mask_rule,
+            masks = masking.multiblock(self.grid, len(x), generator, blocks=blocks, scale=scale, rule=self.p.mask_rule,
                                        allowed=None if allowed is None else allowed.cpu()).to(x.device)
             z = self.encoder(x, masks.context, masks.context_valid)
             e = self.predictor(z, masks, kind)
@@ -134,7 +134,8 @@ class VideoMAE(nn.Module):
     def __init__(self, p: Profile, frames: int, encoder: Encoder):
         super().__init__()
         self.p, self.grid, self.encoder = p, p.grid(frames), encoder
-        self.decoder = PixelDecoder(self.grid, p.tubelet_size, p.width, p.decoder_width, p.decoder_depth, p.decoder_heads)
+        self.decoder = PixelDecoder(self.grid, p.tubelet_size, p.width, p.decoder_width, p.decoder_depth,
+                                    p.decoder_heads)
 
     @property
     def features(self) -> Encoder:
@@ -156,7 +157,8 @@ class VideoMAE(nn.Module):
 def parameter_groups(module: nn.Module) -> list[dict]:
     """No weight decay on biases and other 1-D parameters."""
     params = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.ndim > 1]}, {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return [{"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
 @torch.no_grad()
@@ -189,20 +191,22 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
 
     Raises:
         Diverged: loss or gradients not finite.
+        OSError: a checkpoint cannot be written.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(objective), lr=p.lr, betas=(0.9, p.beta2), weight_decay=p.weight_decay)
-    warmup = round(p.warmup * p.steps)  # warmup_prefix: the cosine begins where the warm-up ends, so the peak is reached
+    optimizer = torch.optim.AdamW(parameter_groups(objective), lr=p.lr, betas=(0.9, p.beta2),
+                                  weight_decay=p.weight_decay)
+    warmup = round(p.warmup * p.steps)  # warmup_prefix: the cosine begins where the warm-up ends: the peak is reached
     schedule = CosineLRScheduler(optimizer, t_initial=p.steps - warmup, lr_min=p.lr_end, warmup_t=warmup,
                                  warmup_lr_init=p.lr / 100, warmup_prefix=True, t_in_epochs=False)
-    start, rows = resume(path, objective, optimizer)
-    yield from rows
     model, optimizer = fabric.setup(objective, optimizer)
+    start, rows = resume(path, objective, optimizer)  # after setup: it moves weights to the device, not AdamW's state
+    yield from rows
     for step in tqdm(range(start, p.steps), initial=start, total=p.steps, desc=path.parent.name,
                      disable=not fabric.is_global_zero):
         generator = step_generator(seed, step, fabric.global_rank)
         schedule.step_update(step)
-        decay = p.weight_decay_end + (p.weight_decay - p.weight_decay_end) * (1 + math.cos(math.pi * step / p.steps)) / 2
-        optimizer.param_groups[0]["weight_decay"] = decay
+        share = (1 + math.cos(math.pi * step / p.steps)) / 2  # from 1 to 0
+        optimizer.param_groups[0]["weight_decay"] = p.weight_decay_end + (p.weight_decay - p.weight_decay_end) * share
         batch = fabric.to_device(batches(generator, p.batch // fabric.world_size))
         out = model(batch, generator)
         fabric.backward(out["loss"])
@@ -210,8 +214,9 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)} | \
               {k: float(v.detach()) for k, v in out.items()}
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise Diverged(f"step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}: training diverged; "
-                           f"lower lr ({p.lr}) or clip ({p.clip}). The last good checkpoint is {path}")
+            kept = f"The last good checkpoint is {path}" if path.exists() else "No checkpoint had been written yet"
+            raise Diverged(f"step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}: training "
+                           f"diverged; lower lr ({p.lr}) or clip ({p.clip}). {kept}")
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step + 1)
@@ -231,8 +236,6 @@ def states(objective: nn.Module) -> dict[str, dict]:
 
 def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, list[dict]]:
     """Load the checkpoint `path` if it exists -> (steps done, history so far)."""
-    from usjepa_nb import weights  # weights knows our own layout too
-
     if not path.exists():
         return 0, []
     file = weights.read(path)
@@ -245,8 +248,19 @@ def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | 
     return file["step"], file["history"]
 
 
+def steps_done(path: Path) -> int:
+    """Steps that the checkpoint `path` holds; 0 when there is none."""
+    return weights.read(path)["step"] if path.exists() else 0
+
+
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint whole or not at all: to a temporary name, then moved."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(content, part)
-    os.replace(part, path)
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): see that its folder is writable and "
+                      "has space, then run it again; it goes on from the last checkpoint") from e
+    finally:
+        part.unlink(missing_ok=True)

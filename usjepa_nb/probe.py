@@ -21,6 +21,7 @@ from usjepa_nb.augment import augment, standardise
 from usjepa_nb.camus import LABELS, UNLABELLED
 from usjepa_nb.masking import rectangle, sector_tokens
 from usjepa_nb.profile import Profile
+from usjepa_nb.store import require_space
 from usjepa_nb.vit import Encoder, Grid
 
 CLASSES = len(LABELS)
@@ -90,18 +91,18 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_dice(predicted: Tensor, masks: Tensor) -> float:
-    """Mean DSC over clips and the three foreground classes, to choose an epoch. [n, T, H, W] each."""
+    """Mean DSC over clips and the foreground classes that are there, to choose an epoch. [n, T, H, W] each."""
     known = masks != UNLABELLED
     per_class = []
     for label in range(1, CLASSES):
         p, m = (predicted == label) & known, masks == label
         total = p.flatten(1).sum(1) + m.flatten(1).sum(1)
-        per_class.append(2 * (p & m).flatten(1).sum(1) / total.clamp(min=1))
-    return float(torch.stack(per_class).mean())
+        per_class.append(2 * (p & m).flatten(1).sum(1) / total)  # 0 / 0 = nan, as `metrics.dsc`
+    return float(torch.stack(per_class).nanmean(0).nanmean())
 
 
 class Supervised(nn.Module):
-    """The control: the same encoder and the same probe, trained end to end from labels; an objective like the others."""
+    """The control: the same encoder and probe, trained end to end from labels; an objective like the others."""
 
     def __init__(self, p: Profile, frames: int, encoder: Encoder):
         super().__init__()
@@ -121,26 +122,43 @@ class Supervised(nn.Module):
 
 
 class Cache:
-    """Frozen features of clips, computed once: fp16 [n, N, D] and seen bool [n, N] in one HDF5 file."""
+    """Frozen features of clips, computed once: fp16 [n, N, D] and seen bool [n, N] in one HDF5 file.
+
+    Raises:
+        OSError: the file is absent or cut short.
+    """
 
     def __init__(self, path: Path):
-        with h5py.File(path, "r") as file:
-            self.features = torch.from_numpy(file["features"][:])
-            self.seen = torch.from_numpy(file["seen"][:])
+        try:
+            with h5py.File(path, "r") as file:
+                self.features = torch.from_numpy(file["features"][:])
+                self.seen = torch.from_numpy(file["seen"][:])
+        except (OSError, KeyError) as e:
+            raise OSError(f"{path} cannot be read as cached features ({e}): delete it, it is made again") from e
 
     @staticmethod
     @torch.no_grad()
-    def write(path: Path, encoder: Encoder, grey: np.ndarray, sector_aware: bool, device="cpu", batch: int = 16) -> Cache:
-        """Encode uint8 clips [n, T, H, W] batch by batch into `path`, written to a temporary name first."""
+    def write(path: Path, encoder: Encoder, grey: np.ndarray, sector_aware: bool, device="cpu",
+              batch: int = 16) -> Cache:
+        """Encode uint8 clips [n, T, H, W] batch by batch into `path`, written whole or not at all.
+
+        Raises:
+            OSError: the disk has no space for it, or cannot be written.
+        """
         part = path.with_suffix(f".{os.getpid()}.part")
         encoder = encoder.eval().to(device)
-        with h5py.File(part, "w") as file:
-            shape = (len(grey), math.prod(encoder.grid), encoder.width)
-            features, seen = file.create_dataset("features", shape, "f2"), file.create_dataset("seen", shape[:2], "?")
-            for i in range(0, len(grey), batch):
-                z, s = encode(encoder, torch.from_numpy(grey[i:i + batch]).to(device).float(), sector_aware)
-                features[i:i + batch], seen[i:i + batch] = z.half().cpu().numpy(), s.cpu().numpy()
-        os.replace(part, path)
+        shape = (len(grey), math.prod(encoder.grid), encoder.width)
+        require_space(path.parent, 2 * math.prod(shape) + math.prod(shape[:2]) + 32_000)
+        try:
+            with h5py.File(part, "w") as file:
+                features = file.create_dataset("features", shape, "f2")
+                seen = file.create_dataset("seen", shape[:2], "?")
+                for i in range(0, len(grey), batch):
+                    z, s = encode(encoder, torch.from_numpy(grey[i:i + batch]).to(device).float(), sector_aware)
+                    features[i:i + batch], seen[i:i + batch] = z.half().cpu().numpy(), s.cpu().numpy()
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
         return Cache(path)
 
 
@@ -162,7 +180,13 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
 
     Returns:
         {"best": state, "last": state, "history": [{"step", "loss", "val_dsc"}], "probe": module with the best state}
+
+    Raises:
+        ValueError: there is nothing to train on, or nothing to choose the best step by.
     """
+    if not len(train) or not len(val):
+        raise ValueError(f"a probe needs labelled clips to train on and to validate on, not {len(train)} and "
+                         f"{len(val)}: give the data set more patients, or split it otherwise")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = SegmentationProbe(grid, p.tubelet_size, cache.features.shape[-1], p.heads, p.probe_width)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,12 +99,19 @@ class Profile:
             may_be_zero = f.name in ("centre", "beta", "ema", "warmup", "lr_end", "weight_decay", "weight_decay_end",
                                      "probe_min_steps")
             if isinstance(value, int | float) and not isinstance(value, bool) and \
-                    (value < 0 or (value == 0 and not may_be_zero)):
+                    (not 0 <= value < math.inf or (value == 0 and not may_be_zero)):
                 self.refuse(f.name, "it must be positive")
         if self.size % self.patch or self.frames % self.tubelet:
             self.refuse("size" if self.size % self.patch else "frames", "it must be a multiple of "
                         + ("patch" if self.size % self.patch else "tubelet"))
-        for key in ("centre", "warmup", "ema", "tube_ratio"):
+        if self.patch & (self.patch - 1):
+            self.refuse("patch", "it must be a power of two (the probe goes back to pixels by doubling)")
+        if self.batch % self.devices:
+            self.refuse("batch", f"it must be a multiple of devices ({self.devices})")
+        for key in ("short_range", "long_range"):
+            if getattr(self, key)[0] < 1 or not 0 < getattr(self, key)[1] <= 1:
+                self.refuse(key, "it is [blocks, share of the area of each], at least 1 and in (0, 1]")
+        for key in ("centre", "warmup", "ema", "tube_ratio", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 self.refuse(key, "it must lie in [0, 1)")
         if not 1 <= self.target_layers <= self.depth:
@@ -148,8 +156,8 @@ def load(name: str, **changes) -> Profile:
         raise ProfileError(f"{path}: no such profile; choose one of {known}, or give the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        reason = str(e).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ProfileError(f"{path}: is not readable as YAML ({reason}); compare it with profiles/tiny.yaml") from e
     if not isinstance(values, dict):
         raise ProfileError(f"{path}: holds no settings; compare it with profiles/tiny.yaml")
@@ -165,8 +173,11 @@ def load(name: str, **changes) -> Profile:
 def typed(path: Path, key: str, value, kind: str):
     """Check a YAML value against a field's annotation; whole numbers may stand for floats, lists for tuples."""
     if kind.startswith("tuple") and isinstance(value, list | tuple):
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-            return tuple(value)
+        kinds = kind[len("tuple["):-1].split(", ")
+        kinds = kinds[:1] * len(value) if kinds[-1] == "..." else kinds
+        if len(kinds) == len(value) and all(type(v) is int or (type(v).__name__ == k == "float")
+                                            for v, k in zip(value, kinds, strict=True)):
+            return tuple(float(v) if k == "float" else v for v, k in zip(value, kinds, strict=True))
     elif kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif type(value).__name__ == kind:

@@ -6,28 +6,34 @@ without talking to each other. Nothing else remembers state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
-from usjepa_nb import pretrain, probe, weights
+from usjepa_nb import parallel, pretrain, probe, weights
 from usjepa_nb.dataset import Dataset, digest
 from usjepa_nb.profile import ROOT
 from usjepa_nb.vit import Encoder
 
 METHODS = {"random": "frozen random encoder", "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL",
            "supervised": "supervised, end to end", "prior": "shape prior"}
-NOT_TRAINING = ("name", "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "supervised_steps",
-                "supervised_lr", "fractions", "lams", "freezes", "accelerator", "devices", "log_every")
+NOT_TRAINING = ("name", "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width",
+                "supervised_steps", "supervised_lr", "fractions", "lams", "freezes", "accelerator", "devices",
+                "log_every")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,14 +73,29 @@ class Lab(Dataset):
         super().__init__(profile, data, cache, seed, **changes)
         self.loaded: dict[str, Run] = {}
 
+    def __getstate__(self) -> dict:
+        """For other processes: without the encoders, which they load themselves."""
+        return {**self.__dict__, "loaded": {}}
+
     def spec(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> dict:
-        """The description that a run's folder is hashed from."""
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+        """The description that a run's folder is hashed from.
+
+        Raises:
+            ValueError: an unknown method, or a lam or freeze that the method does not have.
+        """
+        if method not in METHODS or method == "prior":
+            known = ", ".join(m for m in METHODS if m != "prior")
+            raise ValueError(f"method {method!r} has no encoder: choose one of {known}")
+        if not 0 <= lam <= 1 or (lam != 1 and method != "vjepa_ll"):
+            raise ValueError(f"lam = {lam} is not possible for {method!r}: 0…1 for vjepa_ll, 1 for all others")
+        if freeze and method not in ("vjepa", "vjepa_ll"):
+            raise ValueError(f"freeze = {freeze} is not possible for {method!r}: only V-JEPA freezes blocks, choose 0")
         settings = {k: v for k, v in dataclasses.asdict(self.profile).items() if k not in NOT_TRAINING}
-        if method == "supervised":
+        if method == "supervised":  # its probe is trained with it
             settings["steps"], settings["lr"] = self.profile.supervised_steps, self.profile.supervised_lr
-        return {"method": method, "lam": lam, "freeze": freeze, "seed": self.seed, "data": self.store.data_hash,
+            settings["probe_width"] = self.profile.probe_width
+        return {"method": method, "lam": float(lam), "freeze": freeze, "seed": self.seed, "data": self.store.data_hash,
+                "code": version("usjepa-nb"),
                 "frames": self.frames, "fraction": fraction if method == "supervised" else None, "settings": settings}
 
     def folder(self, spec: dict) -> Path:
@@ -126,9 +147,17 @@ class Lab(Dataset):
             yield Run(folder, spec, objective.encoder.eval(), pd.DataFrame(), objective)
             return
         with FileLock(folder / "lock"):  # a second process that wants the same run waits, then loads it
-            finished = folder / "run.json"
-            if not finished.exists():
+            for left in folder.glob("checkpoint.*.part"):  # by a killed process: nobody else holds the lock
+                left.unlink()
+            finished, devices = folder / "run.json", self.profile.devices
+            if finished.exists() and (folder / "checkpoint.pt").exists():
+                pass
+            elif devices == 1:
                 yield from self.train(spec, folder, objective)
+            else:
+                port = find_free_network_port()
+                parallel.run(one_of_several, [(self, spec, rank, port) for rank in range(devices)], devices,
+                             disable=True)
             _, rows = pretrain.resume(folder / "checkpoint.pt", objective)
         seconds = json.loads(finished.read_text())["seconds"]
         print(f"{label(spec)}: {spec['settings']['steps']} steps, trained in {seconds:.0f} s [{folder.name}]")
@@ -140,7 +169,10 @@ class Lab(Dataset):
         p = self.profile.replace(steps=spec["settings"]["steps"], lr=spec["settings"]["lr"])
         print(f"{label(spec)}: " + ("goes on where it stopped" if checkpoint.exists() else "not on disk, training now"),
               f"[{folder.name}]")
+        if p.accelerator == "cuda" and not torch.cuda.is_available():
+            p.refuse("accelerator", "torch sees no GPU here; choose auto or cpu, or install torch for your GPU")
         fabric = Fabric(accelerator=p.accelerator, devices=p.devices, precision=p.precision)
+        fabric.launch()
         watched = torch.from_numpy(self.clips(self.store.rows("val")[:32])[0]).float()
 
         def watch(module):
@@ -156,12 +188,30 @@ class Lab(Dataset):
                 return grey[index], masks[index]
         else:
             batches = self.batches(self.store.rows("train"))
-        rows, begun = [], time.time()
+        rows, begun, first = [], time.time(), pretrain.steps_done(checkpoint)
         for row in pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch):
             rows.append(row)
+            if len(rows) == first + 5:  # the first step also warms up
+                left = (time.time() - begun) / 5 * (p.steps - len(rows))
+                print(f"{label(spec)}: about {left / 60:.1f} minutes to go on this machine")
             if "std" in row:
                 history = pd.DataFrame(rows)
-                write_text(folder / "history.csv", history.to_csv(index=False))
+                if fabric.is_global_zero:
+                    write_text(folder / "history.csv", history.to_csv(index=False))
                 yield Run(folder, spec, objective.features, history, objective)
         objective.to("cpu")
-        write_text(folder / "run.json", json.dumps({**spec, "seconds": time.time() - begun}, indent=1))
+        if fabric.is_global_zero:
+            write_text(folder / "run.json", json.dumps({**spec, "seconds": time.time() - begun}, indent=1))
+
+
+def one_of_several(lab: Lab, spec: dict, rank: int, port: int) -> None:
+    """Train as process `rank` of the profile's `devices`; Fabric finds its place in the environment, as with torchrun.
+
+    Started by `parallel.run` and not by Fabric, which in a notebook can only fork, and a fork cannot use a GPU that
+    its parent has looked at.
+    """
+    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else io.StringIO()):
+        for _ in lab.train(spec, lab.folder(spec), lab.objective(spec)):
+            pass
+    torch.distributed.destroy_process_group()

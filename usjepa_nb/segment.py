@@ -42,7 +42,7 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     """
     rows = np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
     if method == "prior":
-        guess, begun = shape_prior(lab, rows, fraction), time.time()
+        begun, guess = time.time(), shape_prior(lab, rows, fraction)
         spec = {"method": "prior", "lam": 1.0, "freeze": 0, "seed": lab.seed}
         return Segmentation(spec, rows, guess, guess, scores(lab, spec, rows, guess, guess), [], time.time() - begun)
     spec = lab.spec(method, lam, freeze, fraction)
@@ -64,8 +64,10 @@ def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder
     """Predictions of best and last probe on `rows`, and the probe's history."""
     p = lab.profile
     if run.spec["method"] == "supervised":  # its probe was trained with it
-        z, seen = probe.encode(run.encoder, torch.from_numpy(lab.clips(rows)[0]).float(), p.sector_aware)
-        predicted = probe.predict(run.objective.probe, z.detach(), seen).numpy()
+        with torch.no_grad():
+            parts = [probe.encode(run.encoder, grey.float(), p.sector_aware)
+                     for grey in torch.from_numpy(lab.clips(rows)[0]).split(16)]
+        predicted = probe.predict(run.objective.probe, *map(torch.cat, zip(*parts, strict=True))).numpy()
         return predicted, predicted, []
     train = lab.labelled(100)
     everything = np.concatenate([train, rows])

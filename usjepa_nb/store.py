@@ -129,11 +129,19 @@ def _load(store, i, what):
     return store.table.iloc[i].to_dict() if what == "row" else getattr(store, what)(i)
 
 
+def require_space(folder, needed):
+    """Look before an HDF5 file of `needed` bytes is begun in `folder`: HDF5 itself crashes on a full disk.
+
+    Raises:
+        OSError: there is less.
+    """
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device, {needed / 1e6:.0f} MB wanted", str(folder))
+
+
 def _write(path, sources, rows, attrs):
     shape = (rows[-1]["start"] + rows[-1]["length"], attrs["size"], attrs["size"])
-    needed = 2 * math.prod(shape) + 32_000 * len(rows)  # bytes; HDF5 itself crashes on a full disk
-    if shutil.disk_usage(path.parent).free < needed:
-        raise OSError(errno.ENOSPC, f"No space left on device, {needed / 1e6:.0f} MB wanted")
+    require_space(path.parent, 2 * math.prod(shape) + 32_000 * len(rows))
     try:
         with h5py.File(path, "w") as file:
             file.attrs.update(attrs)

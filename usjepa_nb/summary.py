@@ -1,4 +1,4 @@
-"""The result table of a walk: `python -m usjepa_nb.summary PROFILE [DATA] [SEED]` prints it and writes summary.json."""
+"""The result table of a walk: `python -m usjepa_nb.summary PROFILE [SEED] [DATA]` prints it and writes summary.json."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def write(lab: Lab) -> pd.DataFrame:
     """Write `data_cache/runs/<profile>/summary.json` with rows, provenance and seconds per stage."""
     rows = table(lab)
     runs = lab.cache / "runs" / lab.profile.name
-    trained = [json.loads(f.read_text()) for f in sorted(runs.glob("*/run.json"))]
+    trained = {f.parent: json.loads(f.read_text()) for f in sorted(runs.glob("*/run.json"))}
     stages = {f"train {r['method']} lam{r['lam']:g} f{r['freeze']}" + (f" {r['fraction']}%" if r["fraction"] else ""):
-              r["seconds"] for r in trained if r["data"] == lab.store.data_hash and r["seed"] == lab.seed}
+              r["seconds"] for folder, r in trained.items()  # not those of other data, seeds or settings
+              if folder == lab.folder(lab.spec(r["method"], r["lam"], r["freeze"], r["fraction"] or 100))}
     stages |= {f"probe {r.key} {r.fraction}%": r.seconds for r in rows.itertuples() if r.key != "supervised"}
     content = {"profile": lab.profile.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
                "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note, "seed": lab.seed,
@@ -59,7 +60,7 @@ def write(lab: Lab) -> pd.DataFrame:
     return rows
 
 
-def main(profile: str = "tiny", data: str = "", seed: str = "0") -> None:
+def main(profile: str = "tiny", seed: str = "0", data: str = "") -> None:
     lab = Lab(profile, data, seed=int(seed))
     rows = write(lab)
     shown = rows.pivot(index="method", columns="fraction", values="dsc").loc[rows.method.unique()]

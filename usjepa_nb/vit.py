@@ -123,6 +123,10 @@ class Encoder(nn.Module):
     def forward(self, clips: Tensor, keep: Tensor | None = None, valid: Tensor | None = None,
                 layers: bool = False) -> Tensor | list[Tensor]:
         """`valid` [B, K] marks padding; `layers` returns the output of every block (before the last norm)."""
+        grid = tuple(n // size for n, size in zip(clips.shape[2:], self.tubelet, strict=True))
+        if grid != tuple(self.grid):
+            raise ValueError(f"clips of {'×'.join(map(str, clips.shape[2:]))} give {grid} tokens, but this encoder has "
+                             f"positions for {tuple(self.grid)}: change frames or size, or build another encoder")
         x = self.patch_embed(clips, keep)
         x = x + (self.pos_embed if keep is None else gather(self.pos_embed, keep))
         outputs = []

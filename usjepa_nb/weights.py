@@ -7,6 +7,7 @@ biases apart (`q_bias`, `v_bias`, no bias for keys), and a loader that overlooks
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from usjepa_nb.augment import MEAN, STD
-from usjepa_nb.vit import Encoder, PixelDecoder, Predictor
+from usjepa_nb.vit import POSITIONS, Encoder, PixelDecoder, Predictor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published encoders expect
 
@@ -30,9 +31,10 @@ class Report:
     source: str
     used: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # used, but in another form, with the reason
+    notes: list[str] = field(default_factory=list)  # what the file does not say, or was not asked for
 
     def __str__(self) -> str:
-        notes = "".join(f"\n  {c}" for c in self.changed)
+        notes = "".join(f"\n  {c}" for c in self.changed + self.notes)
         return f"{self.source}: {len(self.used)} keys used, 0 missing, 0 left over{notes}"
 
 
@@ -43,28 +45,39 @@ def read(path: str | Path) -> dict:
         WeightsError: not there, truncated, or not loadable as pure data.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise WeightsError(f"{path}: no such checkpoint; put the file there or set `init: random`") from e
     except pickle.UnpicklingError as e:
-        raise WeightsError(f"{path}: refused, it holds more than tensors and could run code on loading; "
-                           "ask its author for a file of tensors only") from e
+        raise WeightsError(f"{path}: refused, it is no checkpoint, or it holds more than tensors and could run code on "
+                           "loading; fetch it again, or ask its author for a file of tensors only") from e
     except (RuntimeError, EOFError, OSError, ValueError) as e:
         raise WeightsError(f"{path}: cannot be read as a checkpoint (truncated?); fetch it again") from e
+    if not isinstance(file, dict):
+        raise WeightsError(f"{path}: holds a {type(file).__name__}, not the named parts of a checkpoint; "
+                           "save it as torch.save({'target_encoder': encoder.state_dict()}, path)")
+    return file
 
 
 def strip(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """Remove wrappers' prefixes ("module.", "backbone.") from the names."""
+    """Remove wrappers' prefixes ("module.", "backbone.") from the names.
+
+    Where two names would become one, both stay as they are, so that `load_state` reports one as left over.
+    """
+    short = {name: name for name in state}
     for prefix in prefixes:
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+        short = {name: new.removeprefix(prefix) for name, new in short.items()}
+    uses = Counter(short.values())
+    return {new if uses[new] == 1 else name: state[name] for name, new in short.items()}
 
 
 def join_qkv_bias(state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """VideoMAE's `q_bias`, `v_bias` -> `qkv.bias`, with zeros for the keys."""
+    """VideoMAE's `q_bias`, `v_bias` -> `qkv.bias`, with zeros for the keys. Half a pair stays, to be refused."""
     state = dict(state)
     for name in [k for k in state if k.endswith("attn.q_bias")]:
         stem = name.removesuffix("q_bias")
+        if stem + "v_bias" not in state or stem + "qkv.bias" in state:
+            continue
         q, v = state.pop(name), state.pop(stem + "v_bias")
         state[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(v), v])
         report.changed.append(f"{stem}q_bias, v_bias -> {stem}qkv.bias, keys' bias zero")
@@ -95,10 +108,10 @@ def load_state(module: nn.Module, state: dict[str, Tensor], report: Report) -> R
                                    "choose the matching `positions`")
             report.changed.append(f"{name}: {'equal to' if same else 'another grid, replaced by'} the computed table")
             report.used.append(name)
-    weight = state.get("patch_embed.proj.weight")
-    if isinstance(module, Encoder) and module.channels == 1 and weight is not None and weight.shape[1] == 3:
-        folded = fold_grey(weight, state["patch_embed.proj.bias"])
-        state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = folded
+    weight, bias = (state.get(f"patch_embed.proj.{name}") for name in ("weight", "bias"))
+    grey = isinstance(module, Encoder) and module.channels == 1
+    if grey and weight is not None and bias is not None and weight.shape[1:2] == (3,):
+        state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = fold_grey(weight, bias)
         report.changed.append("patch_embed.proj: three colour channels folded into one grey channel")
     own = module.state_dict()
     missing, left = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -127,21 +140,39 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
     """
     file = read(path)
     if "model" in file:  # VideoMAE: one state with encoder.*, decoder.*, mask_token, encoder_to_decoder
-        inner = strip(file["model"], "module.")
+        inner = strip(tensors(file, "model", path), "module.")
         own = {k.removeprefix("encoder."): v for k, v in inner.items() if k.startswith("encoder.")}
-        rest = {k.removeprefix("decoder."): v for k, v in inner.items() if not k.startswith("encoder.")}
-        found = [(encoder, own, "encoder"), (decoder, rest, "decoder")]
+        rest = strip({k: v for k, v in inner.items() if not k.startswith("encoder.")}, "decoder.")
+        found = [(encoder, own, "encoder"), (predictor, {}, "predictor"), (decoder, rest, "decoder")]
+        others = [] if decoder else [f"{len(rest)} keys of the decoder"]
     else:
         part = "ema_encoder" if part == "target_encoder" and "ema_encoder" in file else part
         if part not in file:
             raise WeightsError(f"{path}: holds {', '.join(map(str, file)) or 'nothing'} but no {part!r}; "
                                "expected V-JEPA's (target_encoder, encoder, predictor) or VideoMAE's (model)")
-        found = [(encoder, file[part], part), (predictor, file.get("predictor", {}), "predictor"),
-                 (decoder, file.get("decoder", {}), "decoder")]
+        found = [(module, tensors(file, name, path) if module else {}, name) for module, name in
+                 ((encoder, part), (predictor, "predictor"), (decoder, "decoder"))]
+        others = sorted(map(str, file.keys() - {name for module, _, name in found if module}))
+    positions = "sincos1d" if {"model", "decoder"} & file.keys() else "sincos3d"  # VideoMAE's files hold no table
+    table = POSITIONS[positions](encoder.grid, encoder.width)
+    if not torch.allclose(encoder.pos_embed.float().cpu(), table, atol=1e-2):
+        raise WeightsError(f"{path}: was trained with {positions} positions, which this encoder does not have; "
+                           f'build it with positions="{positions}"')
     reports = []
     for module, state, name in found:
         if module is not None:
             report = Report(f"{Path(path).name}[{name}]")
             state = join_qkv_bias(strip(state, "module.", "backbone."), report)
             reports.append(load_state(module, state, report))
+    reports[0].notes.append(f"attention heads are not in the file: {encoder.heads}, as in the profile")
+    if others:
+        reports[0].notes.append(f"not asked for: {', '.join(others)}")
     return reports
+
+
+def tensors(file: dict, name: str, path: str | Path) -> dict[str, Tensor]:
+    """The part `name` of a checkpoint (empty if absent), which has to be tensors by name."""
+    state = file.get(name, {})
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path}: its {name!r} is not a set of named tensors; save the module's state_dict() there")
+    return state
