@@ -242,6 +242,11 @@ def test_tube_ratio_is_of_the_sector():
     assert masks.target_valid.sum(1).tolist() == [9, 18] and masks.context_valid.sum(1).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("ratio, hidden", [(0.0, 1), (1.0, 23)])
+def test_tube_always_hides_and_shows_something(ratio, hidden):
+    assert tube((1, 4, 6), 1, generator(), ratio=ratio).target.shape == (1, hidden)
+
+
 def test_tube_reaches_every_place():
     seen = torch.cat([tube((1, 4, 6), 8, generator(s), ratio=0.5).target.flatten() for s in range(5)])
     assert torch.bincount(seen, minlength=24).min() > 0

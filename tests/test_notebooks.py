@@ -110,6 +110,28 @@ def test_notebook(path, check):
     assert list(check(nbformat.read(path, as_version=4))) == []
 
 
+def exercises(nb):
+    """{name: source of its check cell} of the exercises in a notebook: cells that print "03a: right"."""
+    found = {}
+    for cell in code_cells(nb):
+        for name in re.findall(r'"(\d\d[a-z]): right', cell.source):
+            found[name] = cell.source
+    return found
+
+
+def test_every_exercise_is_solved_and_open():
+    """Each notebook's exercise is a stub that its own check calls unattempted, and 90_solutions checks it."""
+    notebooks = {path.stem: nbformat.read(path, as_version=4) for path in NOTEBOOKS}
+    solutions = "\n".join(cell.source for cell in code_cells(notebooks.pop("90_solutions")))
+    names = [name for nb in notebooks.values() for name in exercises(nb)]
+    assert names and len(set(names)) == len(names)
+    for stem, nb in notebooks.items():
+        text = "".join(outputs_as_text(nb))
+        for name in exercises(nb):
+            assert f"def exercise_{name}(" in solutions and f'check("{name}")' in solutions, name
+            assert f"{name}: not attempted yet" in text and name.startswith(stem[:2]), name
+
+
 def good(notebook):
     nb = notebook(
         "md # 09 A notebook\n\n**Aim.** See that a notebook like this one passes every check made here.",

@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 
 from usjepa_nb import anatomy, echo, phantom
 
@@ -167,6 +167,15 @@ def test_other_arguments_on_the_same_folder_are_refused(tree, change):
     assert digest(tree) == before
 
 
+def test_a_tree_of_an_older_version_is_refused(tmp_path, tree):
+    root = tmp_path / "old"
+    shutil.copytree(tree, root)
+    marker = root / "phantom.cfg"
+    marker.write_text(marker.read_text().replace(f"version: {phantom.VERSION}", "version: 1"))
+    with pytest.raises(ValueError, match=f"another phantom .version 1, not {phantom.VERSION}.*new folder"):
+        make(root)
+
+
 def test_never_writes_into_a_data_set_that_is_not_its_own(tmp_path):
     (tmp_path / "database_nifti").mkdir()
     with pytest.raises(ValueError, match="not a phantom's"):
@@ -242,6 +251,31 @@ def test_scatterers_and_masks_move_together(c):
     assert np.mean(heart.labels(*tissue.move(c), c) == born) > 0.995
 
 
+def test_mitral_valve_is_ajar_at_ed_in_most_and_shut_by_es():
+    """Measured as the gap between the two leaflets' tips; the leaflets never leave the ventricle."""
+    gaps = []
+    for seed in range(40):
+        heart, rng = hearts(seed)[1], np.random.default_rng(seed)
+        valve = anatomy.Leaflets(rng, heart, 6.0)
+        for c in (0.0, 1.0):
+            x, y = valve.move(c)
+            assert (y <= heart.length * (1 - heart.axial * c)).all()
+            tips = [x[(valve.side == k) & (valve.along > 0.95)].mean() for k in (0, 1)]
+            gaps.append(tips[1] - tips[0])
+    at_ed, at_es = np.reshape(gaps, (-1, 2)).T
+    assert np.mean(at_ed > 8) > 0.5 and np.median(at_es) < 3 and (at_es < at_ed + 1).all()
+
+
+def test_cavity_lies_a_little_right_of_the_middle():
+    """In CAMUS, 4CH at ED: right of it in 88 % of patients."""
+    right = []
+    for seed in range(100):
+        heart = hearts(seed)[1]
+        _, pose = anatomy.draw_pose(np.random.default_rng(seed), heart)
+        right.append(heart.place(0.0, 0.55 * heart.length, pose)[0])
+    assert 0.75 < np.mean(np.array(right) > 0) < 0.98
+
+
 def test_cavity_shrinks_and_atrium_fills(beat):
     area = {k: (beat["masks"] == k).sum((1, 2)) for k in (1, 3)}
     assert np.all(np.diff(area[1]) < 0) and area[3][-1] > area[3][0]
@@ -303,6 +337,27 @@ def test_worse_quality_has_less_contrast():
             steps.append(frame[(mask == 2) & seen].mean() - frame[(mask == 1) & seen].mean())
         contrast[quality] = np.mean(steps)
     assert contrast["Good"] > contrast["Medium"] > contrast["Poor"] > 0
+
+
+def test_endocardium_is_a_gradient_not_a_step():
+    """Mean grey level rises over several mm across the contour: no 1 mm holds half of the whole rise."""
+    profiles = []
+    for number in range(1, 7):
+        d = echo.render(3, number, "4CH", "Good", 0.6, 2)
+        frame, mask = d["frames"][0].astype(float), d["masks"][0]
+        depth = 0.6 * (distance_transform_edt(mask != 1) - distance_transform_edt(mask == 1))
+        near = np.isin(mask, (1, 2)) & (frame > 0)
+        profiles.append([frame[near & (depth >= a) & (depth < a + 1)].mean() for a in range(-6, 6)])
+    profile = np.mean(profiles, 0)
+    rise = profile[-1] - profile[0]
+    assert rise > 25 and np.diff(profile).max() < 0.5 * rise
+
+
+def test_an_echo_fades_by_es_only_as_its_drift_says():
+    heart, pose = hearts(0)[1], np.array([0.0, 25.0, 0.0])
+    tissue = echo.Tissue(np.random.default_rng(0), heart, (140.0, 0.65), pose, 5.0)
+    np.testing.assert_array_equal(tissue.echoes(0.0), tissue.weight)
+    np.testing.assert_allclose(tissue.echoes(1.0), tissue.weight * 10 ** (tissue.drift / 20), rtol=1e-5)
 
 
 def test_a_single_scatterer_shows_where_it_is():

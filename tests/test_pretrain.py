@@ -573,7 +573,7 @@ def test_lam_1_has_no_head_and_no_second_loss(lab):
 def test_eq_4_mixes_the_losses(lab):
     objective = objective_of(lab)
     out = objective(grey(lab), pretrain.step_generator(0, 0))
-    assert float(out["ll"]) > 0
+    assert out["ll"] > 0
     torch.testing.assert_close(out["loss"], 0.25 * out["jepa"] + 0.75 * out["ll"])
 
 

@@ -98,6 +98,33 @@ class Heart:
         return label.astype(np.uint8)
 
 
+class Leaflets:
+    """The mitral valve: two hinged, uneven lines of points, ajar at ED (in most) and shut soon after."""
+
+    def __init__(self, rng, heart, per_mm):
+        self.heart, share = heart, rng.uniform(0.5, 0.68)  # the anterior leaflet, on the left, is the longer
+        rim = sum(np.interp(heart.length, Y, t) for t in heart.inner)
+        reach = rim * np.array([share, 1 - share]) * rng.uniform(1.0, 1.15)
+        count = (per_mm * reach).astype(int)
+        self.side = side = np.repeat([0, 1], count)
+        self.reach, self.bulge = reach[side], rng.uniform(-0.05, 0.22, 2)[side]
+        self.along, self.off = rng.random(len(side)), rng.normal(0, rng.uniform(0.5, 0.9), len(side))
+        ajar = rng.choice([0, 1.2], p=[0.25, 0.75]) * rng.uniform(0.6, 1.25, 2)  # radians from the plane
+        self.shut, self.ajar = rng.uniform(0.05, 0.4, 2)[side], ajar[side]
+        knots = rng.normal(-27, 6, (2, 9)) - rng.exponential(4, (2, 1))  # echo level, dB
+        self.level = side_of(side - 0.5, knots, self.along, np.linspace(0, 1, 9))
+
+    def move(self, c):
+        """Positions in the heart frame at contraction c."""
+        y1, inner, _ = self.heart.boundaries(c)
+        base = self.heart.length * (1 - self.heart.axial * c)
+        rim = np.array([np.interp(base, y1, t) for t in inner])[self.side]
+        angle = self.shut + np.maximum(self.ajar - self.shut, 0) * np.exp(-c / 0.05)
+        u, v = self.reach * self.along, self.off + self.bulge * self.reach * np.sin(np.pi * self.along)
+        x = rim - u * np.cos(angle) - v * np.sin(angle)
+        return (2 * self.side - 1) * x, base - 1 - np.abs(u * np.sin(angle) + v * np.cos(angle))
+
+
 def ejection_fraction(hearts):
     """EF (%) of the geometry, not of pixels: biplane disks, V = pi/4 * integral of d_2CH * d_4CH dy."""
     volume = []
@@ -110,13 +137,18 @@ def ejection_fraction(hearts):
 
 
 def draw_pose(rng, heart):
-    """Sector (depth, half opening angle) and pose (apex X, apex Z, tilt): most of the ventricle in view."""
+    """Sector (depth, half opening angle) and pose (apex X, apex Z, tilt): most of the ventricle in view.
+
+    The cavity's middle lies a little right of the sector's axis, as in CAMUS, however the heart is tilted.
+    """
+    shown = 1 - rng.choice([0.05, 0.15, 0.3], p=[0.5, 0.3, 0.2])  # share of the ventricle's rim in view
     for _ in range(200):
-        half = np.radians(rng.normal(37.3, 0.8) if rng.random() < 0.7 else rng.uniform(33, 45))
-        pose = np.array([rng.normal(0, 9), rng.uniform(10, 44), np.radians(rng.normal(14, 12))])
+        half = np.radians(rng.normal(37.3, 0.8) if rng.random() < 0.72 else rng.uniform(28, 45))
+        pose = np.array([0, rng.uniform(2, 40), np.radians(rng.normal(10, 12))])
+        pose[0] = rng.normal(8.5, 5.5) - heart.place(0.0, 0.55 * heart.length, pose)[0]
         rim, side = (t.ravel() for t in np.meshgrid(np.arange(0, heart.length, 4.0), (-1, 1)))
         x, z = heart.place(side * side_of(side, heart.outer, rim), rim, pose)
-        depth = np.clip(z.max() + rng.uniform(0.3, 1.9) * (heart.roof - heart.length), 105, 200)
-        if np.mean(np.abs(np.arctan2(x, z)) > half) < rng.uniform(0, 0.25):
+        depth = np.clip(z.max() + rng.uniform(0.1, 1.6) * (heart.roof - heart.length), 105, 200)
+        if np.mean(np.abs(np.arctan2(x, z)) <= half) >= shown:
             break
     return (depth, half), pose

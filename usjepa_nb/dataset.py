@@ -117,8 +117,8 @@ class Dataset:
     def clips(self, rows: np.ndarray, generator: Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Clips and masks of store rows, uint8 [n, T, S, S] each; a generator shifts instants within their stride."""
         if not len(rows):
-            raise CamusError(f"{self.data_name}: no clip to take, a part of the split is empty ({self.store.split_note}); "
-                             "give it three patients with masks at least")
+            raise CamusError(f"{self.data_name}: a part of the split is empty ({self.store.split_note}); "
+                             "three patients with masks are needed at least")
         p, cut = self.profile, []
         for i in rows:
             offset = 0.0 if generator is None else float(torch.rand((), generator=generator))

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 
 from .camus import LABELS, UNLABELLED
 
@@ -35,10 +36,12 @@ class Figure(matplotlib.figure.Figure):
 
 
 def png(figure):
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
+    """A figure as PNG bytes; a palette of 256 colours halves the size of speckle and of the notebooks."""
+    buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    palette = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    palette.save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def panels(rows, columns, width=10.0, ratio=1.0, extra=0.3):

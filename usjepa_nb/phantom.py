@@ -14,7 +14,7 @@ from usjepa_nb import parallel
 from usjepa_nb.anatomy import VIEWS
 from usjepa_nb.echo import QUALITY, render
 
-VERSION = 1  # raise it whenever the same arguments would give other bits
+VERSION = 2  # raise it whenever the same arguments would give other bits
 
 
 def save_nifti(path, volume, spacing):

@@ -104,21 +104,23 @@ class VJEPA(nn.Module):
         return F.layer_norm(full, full.shape[-1:])
 
     def forward(self, grey: Tensor, generator: Generator) -> dict[str, Tensor]:
-        """Grey clips 0…255 [B, T, H, W] -> {"loss", "jepa", "ll"}."""
+        """Grey clips 0…255 [B, T, H, W] -> {"loss", "jepa", "ll", "zero": what always predicting zero would cost}."""
         x = standardise(grey)
         allowed = sector_tokens(grey, self.p.tubelet_size) if self.p.sector_aware else None
         target = self.targets(x, allowed)
-        jepa = ll = x.new_zeros(())
+        jepa = ll = zero = x.new_zeros(())
         kinds = (self.p.short_range, self.p.long_range)
         for kind, (blocks, scale) in enumerate(kinds):
             masks = masking.multiblock(self.grid, len(x), generator, blocks=blocks, scale=scale, rule=self.p.mask_rule,
                                        allowed=None if allowed is None else allowed.cpu()).to(x.device)
             z = self.encoder(x, masks.context, masks.context_valid)
             e = self.predictor(z, masks, kind)
-            jepa = jepa + losses.l_jepa(e, gather(target, masks.target), masks.target_valid, self.p.beta) / len(kinds)
+            wanted = gather(target, masks.target)
+            jepa = jepa + losses.l_jepa(e, wanted, masks.target_valid, self.p.beta) / len(kinds)
+            zero = zero + losses.mean_valid(wanted.abs().mean(-1), masks.target_valid) / len(kinds)
             if self.head is not None:
                 ll = ll + losses.l_ll(self.head, e, masks, self.grid, self.p.pairs, generator) / len(kinds)
-        return {"loss": losses.combined(jepa, ll, self.lam), "jepa": jepa, "ll": ll}
+        return {"loss": losses.combined(jepa, ll, self.lam), "jepa": jepa, "ll": ll, "zero": zero}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

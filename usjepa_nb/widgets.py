@@ -6,6 +6,7 @@ control is therefore moved once to both its ends while the widget is built: ther
 """
 
 import html
+import inspect
 import json
 import os
 import sys
@@ -32,7 +33,10 @@ def explore(figure_function, **controls):
         ValueError: a control that is no widget and no abbreviation of one. Whatever `figure_function` raises
             goes on to who moved the control, after one line about it has been shown.
     """
-    widgets = {name: _control(name, control) for name, control in controls.items()}
+    signature = inspect.signature(figure_function).parameters.values()
+    defaults = {p.name: p.default for p in signature}  # the widget starts where the plain figure was
+    widgets = {name: _control(name, control, defaults.get(name, inspect.Parameter.empty))
+               for name, control in controls.items()}
     message = ipywidgets.HTML()
 
     def figure():
@@ -85,8 +89,8 @@ def scrub(frames, masks, reference=None, spacing=(1, 1), titles=None):
     return box
 
 
-def _control(name, control):
-    widget = ipywidgets.interactive.widget_from_abbrev(control)
+def _control(name, control, default):
+    widget = ipywidgets.interactive.widget_from_abbrev(control, default)
     if not isinstance(widget, ipywidgets.ValueWidget):
         raise ValueError(f"{name}={control!r} is no control: give (low, high), a list, a bool or a widget.")
     widget.description = widget.description or name.replace("_", " ")
