@@ -22,7 +22,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run lab test test-unit test-notebooks lint clean clean-all setup
+.PHONY: run results lab test test-unit test-notebooks lint clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -51,6 +51,10 @@ run: $(READY)
 	@data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(JOBS) --rerun-incomplete --nolock --quiet all \
 	--config "profile=$(PROFILE)" $${data:+"data=$$data"}
+
+# What the repository shows of a finished `make run`: results/tiny and the outputs of the committed notebooks.
+results: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python results/publish.py $(PROFILE)
 
 lab: $(READY)
 	@$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

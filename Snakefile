@@ -44,11 +44,14 @@ rule all:
 
 
 rule notebook:
-    input: needs
+    input:
+        needs,
+        settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
+        source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
+    priority: lambda wildcards: 1 if wildcards.name.startswith("03_") else 0  # 04 waits for all of these
     params:
-        source=lambda w: w.name.split("--")[0],
         extra=lambda w: GRID.get(w.name, "") + (f" -p data {shlex.quote(DATA)}" if DATA else ""),
     shell:
-        "OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {output:q} --html "
+        "OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html "
         "-p profile {PROFILE:q} -p seed {SEED} {params.extra}"

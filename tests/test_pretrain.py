@@ -20,7 +20,7 @@ from smoke_lab import beside, smoke_lab
 from torch import nn
 from torch.nn import functional as F
 
-from usjepa_nb import pretrain, probe, weights
+from usjepa_nb import objectives, pretrain, probe, weights
 from usjepa_nb.augment import standardise
 from usjepa_nb.masking import sector_tokens
 from usjepa_nb.profile import load
@@ -314,8 +314,8 @@ def test_a_loss_that_is_no_number_stops_with_a_remedy_and_leaves_the_last_good_c
     def batches(generator, n):
         return real(generator, n) * (math.nan if next(calls) == 5 else 1)
 
-    shorter = variant(lab, steps=6, log_every=2, sector_aware=False)
-    with pytest.raises(pretrain.Diverged, match=rf"step 5: loss nan.*lower lr \(0.001\) or clip \(1.0\). The last good "
+    shorter = variant(lab, steps=6, log_every=2, sector_aware=False, lr=0.002, clip=3.0)
+    with pytest.raises(pretrain.Diverged, match=rf"step 5: loss nan.*lower lr \(0.002\) or clip \(3.0\). The last good "
                                                 rf"checkpoint is {path}"):
         train(shorter, path, batches=batches)
     fresh = objective_of(shorter)
@@ -418,14 +418,14 @@ def test_frozen_weights_and_the_target_are_not_optimised(lab):
 # --- EMA
 
 def test_ema_start_by_hand():
-    assert pretrain.ema_start(300) == pytest.approx(1 - 2 * 3.912023 / 300)  # ln 0.02 = -3.912023
-    assert pretrain.ema_start(5) == 0.0  # too short a run to keep anything
-    assert pretrain.ema_start(300, remains=0.5) == pytest.approx(1 - 2 * 0.693147 / 300)
+    assert objectives.ema_start(300) == pytest.approx(1 - 2 * 3.912023 / 300)  # ln 0.02 = -3.912023
+    assert objectives.ema_start(5) == 0.0  # too short a run to keep anything
+    assert objectives.ema_start(300, remains=0.5) == pytest.approx(1 - 2 * 0.693147 / 300)
 
 
 @pytest.mark.parametrize("steps", [300, 3000, 60000])
 def test_scaled_ema_leaves_about_the_share_it_says(steps):
-    m = pretrain.ema_start(steps)
+    m = objectives.ema_start(steps)
     rising = m + (1 - m) * np.arange(1, steps + 1) / steps
     assert np.prod(rising) == pytest.approx(0.02, rel=0.15)
     published = 0.998 + 0.002 * np.arange(1, 301) / 300
@@ -519,7 +519,7 @@ def test_padding_does_not_leak_into_targets(lab, layers):
 
 
 def test_what_lies_outside_the_sector_has_no_part_in_the_loss(lab):
-    objective = objective_of(variant(lab, centre=0.0))
+    objective = objective_of(variant(lab, centre=0.0, mask_rule="pad"))
     clips = grey(lab)
     outside = ~sector_tokens(clips, (2, 8, 8)).view(4, 2, 4, 4)
     assert outside.any()
@@ -528,6 +528,24 @@ def test_what_lies_outside_the_sector_has_no_part_in_the_loss(lab):
     assert not torch.equal(noisy, clips)
     losses = [objective(c, pretrain.step_generator(0, 0))["loss"] for c in (clips, noisy)]
     torch.testing.assert_close(*losses)
+
+
+def test_the_context_of_a_clip_is_the_same_in_any_batch(lab, monkeypatch):
+    objective, calls = objective_of(variant(lab, mask_rule="pad")), []
+    real = objective.predictor.forward
+
+    def predictor(z, masks, kind):
+        calls.append((z, masks))
+        return real(z, masks, kind)
+
+    monkeypatch.setattr(objective.predictor, "forward", predictor)
+    clips = grey(lab, 8)
+    objective(clips, pretrain.step_generator(0, 0))
+    assert len(calls) == 2 and any(not masks.context_valid.all() for _, masks in calls)
+    for z, masks in calls:
+        for i, valid in enumerate(masks.context_valid):
+            alone = objective.encoder(standardise(clips[i:i + 1]), masks.context[i:i + 1, valid])
+            torch.testing.assert_close(z[i][valid], alone[0], atol=1e-5, rtol=1e-4)
 
 
 def test_centring_keeps_a_running_mean_per_position_and_takes_it_off(lab):

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Generator
 from torch.nn import functional as F
 
-from usjepa_nb import metrics, pretrain, probe
+from usjepa_nb import metrics, objectives, pretrain, probe
 from usjepa_nb.camus import UNLABELLED
 from usjepa_nb.masking import sector_tokens
 from usjepa_nb.profile import load
@@ -27,7 +27,7 @@ GRID, TUBELET = (2, 4, 4), (2, 8, 8)  # of profile smoke: 4 frames of 32 × 32
 def encoder():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return pretrain.make_encoder(load("smoke"), 4)
+        return objectives.make_encoder(load("smoke"), 4)
 
 
 def fan(n=2, seed=0):
@@ -109,6 +109,20 @@ def test_the_probe_answers_for_every_pixel_and_looks_only_at_what_was_seen():
     spoilt = torch.where(seen[..., None], z, torch.full_like(z, 99.0))
     torch.testing.assert_close(head(spoilt, seen), logits)
     assert (logits.argmax(1)[~pixels(seen)] == 0).all()
+
+
+def test_tokens_that_were_left_out_are_not_attended_to():
+    head, z = untrained(), torch.randn(1, 32, 8, generator=Generator().manual_seed(1))
+    seen = torch.rand(1, 32, generator=Generator().manual_seed(2)) < 0.6
+    x = z[seen][None]  # as if there were no other tokens
+    kv = head.norm1(x)
+    x = x + head.attention(kv + head.query, kv, kv)[0]
+    full = torch.zeros(1, 32, 8)
+    full[seen] = (x + head.mlp(head.norm2(x)))[0]
+    maps = head.up2(F.gelu(head.up1(full.view(2, 4, 4, 8).permute(0, 3, 1, 2))))  # [t, frame · class, 32, 32]
+    by_hand = maps.reshape(4, 4, 32, 32).transpose(0, 1)[None]
+    inside = pixels(seen)[:, None].expand_as(by_hand)
+    torch.testing.assert_close(head(z, seen)[inside], by_hand[inside])
 
 
 @pytest.mark.parametrize("patch, first", [(16, 4), (8, 4), (4, 2), (2, 2)])
@@ -316,7 +330,7 @@ def test_supervised_training_learns_encoder_and_probe_together(tmp_path, encoder
     p = load("smoke", steps=40, lr=3.0e-3, log_every=40)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        objective = probe.Supervised(p, 4, pretrain.make_encoder(p, 4))
+        objective = probe.Supervised(p, 4, objectives.make_encoder(p, 4))
     before = {k: v.clone() for k, v in objective.named_parameters()}
     grey = fan(4)
     masks = (grey.mean(1, keepdim=True) > 90).byte().expand(-1, 4, -1, -1).clone()

@@ -379,7 +379,7 @@ def test_a_run_is_told_as_it_goes_and_described_at_the_end(mine):
     described = json.loads((folder / "run.json").read_text())
     assert described.pop("seconds") > 0 and described == json.loads(json.dumps(mine.spec("vjepa")))
     history = pd.read_csv(folder / "history.csv")
-    assert {"step", "lr", "grad_norm", "loss", "jepa", "ll", "std", "rank", "position_share"} == set(history)
+    assert {"step", "lr", "grad_norm", "loss", "jepa", "ll", "zero", "std", "rank", "position_share"} == set(history)
     assert history["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert history["rank"].notna().tolist() == [False, False, True] * 2
 

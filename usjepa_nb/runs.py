@@ -24,7 +24,7 @@ from filelock import FileLock
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
-from usjepa_nb import parallel, pretrain, probe, weights
+from usjepa_nb import objectives, parallel, pretrain, probe, weights
 from usjepa_nb.dataset import Dataset, digest
 from usjepa_nb.profile import ROOT
 from usjepa_nb.vit import Encoder
@@ -110,14 +110,14 @@ class Lab(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec["seed"])
             if spec["method"] == "videomae":
-                encoder = self.initial(pretrain.make_encoder(p, self.frames, "sincos1d"), p.init_videomae)
-                return pretrain.VideoMAE(p, self.frames, encoder)
-            encoder = pretrain.make_encoder(p, self.frames)
+                encoder = self.initial(objectives.make_encoder(p, self.frames, "sincos1d"), p.init_videomae)
+                return objectives.VideoMAE(p, self.frames, encoder)
+            encoder = objectives.make_encoder(p, self.frames)
             if spec["method"] == "supervised":
                 return probe.Supervised(p, self.frames, encoder)  # from random weights; the paper does not say
             if spec["method"] != "random":
                 encoder = self.initial(encoder, p.init)
-            return pretrain.VJEPA(p, self.frames, encoder, spec["lam"], spec["freeze"])
+            return objectives.VJEPA(p, self.frames, encoder, spec["lam"], spec["freeze"])
 
     @staticmethod
     def initial(encoder: Encoder, init: str) -> Encoder:
