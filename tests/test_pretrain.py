@@ -599,7 +599,7 @@ def test_videomae_hides_tubes_and_predicts_their_pixels(lab):
     objective = objective_of(lab, "videomae")
     out = objective(grey(lab), pretrain.step_generator(0, 0))
     assert set(out) == {"loss"} and objective.features is objective.encoder
-    assert 0.3 < float(out["loss"]) < 5  # about 1: the targets have unit variance and the decoder knows nothing yet
+    assert 0.3 < out["loss"] < 5  # about 1: the targets have unit variance and the decoder knows nothing yet
 
 
 def test_training_lowers_the_loss(lab, tmp_path):

@@ -90,7 +90,7 @@ class Profile:
     def __post_init__(self):
         choices = {"clip_rule": ("cover", "step"), "mask_rule": ("random", "first", "pad"),
                    "augmentation": ("none", "mild", "published"),
-                   "precision": ("32-true", "bf16-mixed", "16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
+                   "precision": ("32-true", "bf16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 self.refuse(key, f"choose one of {', '.join(allowed)}")

@@ -56,7 +56,9 @@ def write(lab: Lab) -> pd.DataFrame:
                "machine": f"{platform.machine()}, Python {platform.python_version()}",
                "versions": {p: version(p) for p in PACKAGES}, "seconds": stages,
                "rows": json.loads(rows.to_json(orient="records"))}
-    write_text(runs / "summary.json", json.dumps(content, indent=1))
+    lab.results.mkdir(parents=True, exist_ok=True)
+    for folder in (runs, lab.results):  # the latest of this profile, and the one of this data set
+        write_text(folder / "summary.json", json.dumps(content, indent=1))
     return rows
 
 
