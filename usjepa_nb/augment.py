@@ -1,6 +1,7 @@
 """From stored bytes to what the encoder sees: uint8 clips -> augmented, standardised floats, on any device.
 
-No horizontal flip anywhere: a mirrored heart is another anatomy (the left ventricle would sit on the right).
+No horizontal flip in the default view: a mirrored four-chamber view shows the ventricles on the wrong sides.
+`crop_and_flip` is the published view, kept to compare.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-MEAN, STD = 0.2, 0.2  # of grey values in [0, 1]; rounded from CAMUS inside the sector
+MEAN, STD = 0.2, 0.2  # of grey values in [0, 1]; rounded from whole CAMUS frames, black surroundings included
 
 
 def standardise(clips: Tensor) -> Tensor:
