@@ -61,12 +61,17 @@ class Dataset:
     def about(self) -> None:
         """Print what the results of this notebook depend on: profile, data, seed, versions, device."""
         p = self.profile
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() and p.accelerator != "cpu" else "CPU"
+        device = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         print(f"profile {p.name}: {p.frames} frames of {p.size}×{p.size} px, "
               f"tokens of {p.tubelet}×{p.patch}×{p.patch}, ViT {p.width} wide, {p.depth} deep; seed {self.seed}")
         print(f"data: {Path(self.data).name if self.data else 'synthetic phantom'}; {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, "
               f"usjepa_nb {version('usjepa-nb')}")
+
+    @property
+    def device(self) -> str:
+        """Where features and probes are computed: the GPU if there is one and the profile does not say "cpu"."""
+        return "cuda" if torch.cuda.is_available() and self.profile.accelerator != "cpu" else "cpu"
 
     @property
     def tree(self) -> Path:

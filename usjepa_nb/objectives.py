@@ -46,7 +46,7 @@ class VJEPA(nn.Module):
     """V-JEPA (Eq. 1), with the localisation loss (Eq. 3) mixed in by `lam` (Eq. 4); lam = 1 is V-JEPA alone.
 
     Published V-JEPA is target_layers = 1, centre = 0: the target is the last layer, layer-normalised. Two switches
-    keep a small run from collapsing onto position: targets averaged over blocks, and centred per position.
+    are meant to make a collapse onto position less likely: targets averaged over blocks, and centred per position.
     """
 
     def __init__(self, p: Profile, frames: int, encoder: Encoder, lam: float, freeze: int):

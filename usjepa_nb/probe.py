@@ -159,6 +159,7 @@ class Cache:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+            encoder.to("cpu")
         return Cache(path)
 
 

@@ -1,6 +1,6 @@
 """A profile: every setting of a run, with its unit, read from `profiles/<name>.yaml` and checked.
 
-`tiny` (two CPU cores), `small` (one GPU) and `paper` (the paper's settings) differ in numbers only.
+`tiny` (two CPU cores), `small` (one GPU) and `paper` (the paper's settings) differ in settings only.
 """
 
 from __future__ import annotations

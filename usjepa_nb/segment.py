@@ -74,11 +74,12 @@ def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder
     grey, masks = lab.clips(everything)
     cached = run.folder / ("features.h5" if online is None else "features-online.h5")
     if not cached.exists():
-        probe.Cache.write(cached, online or run.encoder, grey, p.sector_aware)
+        probe.Cache.write(cached, online or run.encoder, grey, p.sector_aware, lab.device)
     cache = probe.Cache(cached)
     labelled = np.flatnonzero(np.isin(everything, lab.labelled(fraction)))
     val = np.flatnonzero(np.isin(everything, lab.store.rows("val", labelled=True)))
-    fitted = probe.fit(cache, torch.from_numpy(masks), labelled, val, p.grid(lab.frames), p, seed=lab.seed)
+    fitted = probe.fit(cache, torch.from_numpy(masks), labelled, val, p.grid(lab.frames), p, seed=lab.seed,
+                       device=lab.device)
     at = slice(len(train), None)
     predicted = []
     for which in ("best", "last"):
