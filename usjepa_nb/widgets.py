@@ -52,7 +52,9 @@ def explore(figure_function, **controls):
         message.value = ""
 
     first = figure()
-    picture = ipywidgets.Image() if isinstance(first, matplotlib.figure.Figure) else ipywidgets.Output()
+    image = isinstance(first, matplotlib.figure.Figure)
+    natural = {"align_self": "flex-start", "max_width": "100%"}  # not stretched to the width of the notebook
+    picture = ipywidgets.Image(layout=natural) if image else ipywidgets.Output()
     _put(picture, first)
     for widget in widgets.values():
         widget.observe(draw, names="value")
