@@ -128,15 +128,6 @@ def test_a_video_without_reference_scores_nan_without_a_warning():
     assert np.isnan(scores["dsc"]["mean"])
 
 
-def test_summary_over_videos():
-    rows = [{"dsc": {1: value, "mean": 0.5}} for value in (0.2, 0.4, np.nan)]
-    row = metrics.summary(rows)["dsc"]
-    assert (row[1].mean, row[1].sd, row[1].n) == pytest.approx((0.3, 0.02**0.5, 2))
-    assert str(row[1]) == "0.300 ± 0.141"
-    assert np.isnan(metrics.summary(rows[:1])["dsc"][1].sd)
-    assert metrics.summary([]) == {}
-
-
 def test_surface_distances_equal_brute_force_in_mm():
     from scipy.ndimage import binary_erosion
     from scipy.spatial.distance import cdist

@@ -4,8 +4,6 @@ The four overlap scores are written out beside the paper's formulas (section 3.2
 library: distances on MONAI, statistics on SciPy. Pixels without a reference (``UNLABELLED``) never count.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from .camus import UNLABELLED
@@ -92,29 +90,6 @@ def video_scores(pred, true):
     """
     scores = {name: {label: score(pred, true, label) for label in CLASSES} for name, score in SCORES.items()}
     return {name: {**row, "mean": _mean(list(row.values()))} for name, row in scores.items()}
-
-
-class MeanSD(NamedTuple):
-    """Mean and sample standard deviation (n - 1) over the n videos that have a value."""
-
-    mean: float
-    sd: float
-    n: int
-
-    def __str__(self):
-        return f"{self.mean:.3f} ± {self.sd:.3f}"
-
-
-def summary(videos):
-    """Mean ± SD over videos: a list of `video_scores` (or `surface_distances`) -> the same keys, `MeanSD`."""
-
-    def over_videos(name, key):
-        values = np.array([video[name][key] for video in videos], float)
-        values = values[~np.isnan(values)]
-        return MeanSD(_mean(values), float(values.std(ddof=1)) if values.size > 1 else np.nan, values.size)
-
-    first = videos[0] if videos else {}
-    return {name: {key: over_videos(name, key) for key in row} for name, row in first.items()}
 
 
 def surface_distances(pred, true, spacing, labels=CLASSES):
