@@ -144,7 +144,7 @@ KILLED = """
 import sys, time
 import smoke_lab
 from usjepa_nb.runs import Lab
-lab = Lab("smoke", cache=sys.argv[1], steps=12, log_every=1)
+lab = Lab("smoke", cache=sys.argv[1], steps=12, videomae_steps=12, log_every=1)
 real = lab.batches
 def batches(rows):
     batch = real(rows)
@@ -159,7 +159,7 @@ lab.encoder(sys.argv[2], float(sys.argv[3]))
 
 @pytest.mark.parametrize("method, lam", [("vjepa_ll", 0.25), ("videomae", 1.0)])
 def test_killed_at_a_random_moment_it_ends_as_if_it_had_not_been(lab, tmp_path, method, lam):
-    cache, options = tmp_path / "killed run ß", {"steps": 12, "log_every": 1}
+    cache, options = tmp_path / "killed run ß", {"steps": 12, "videomae_steps": 12, "log_every": 1}
     mine = beside(lab, cache, **options)
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(cache), method, str(lam)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)})

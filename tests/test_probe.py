@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Generator
 from torch.nn import functional as F
 
-from usjepa_nb import metrics, objectives, pretrain, probe
+from usjepa_nb import controls, metrics, objectives, pretrain, probe
 from usjepa_nb.camus import UNLABELLED
 from usjepa_nb.masking import sector_tokens
 from usjepa_nb.profile import load
@@ -330,7 +330,7 @@ def test_supervised_training_learns_encoder_and_probe_together(tmp_path, encoder
     p = load("smoke", steps=40, lr=3.0e-3, log_every=40)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        objective = probe.Supervised(p, 4, objectives.make_encoder(p, 4))
+        objective = controls.Supervised(p, 4, objectives.make_encoder(p, 4))
     before = {k: v.clone() for k, v in objective.named_parameters()}
     grey = fan(4)
     masks = (grey.mean(1, keepdim=True) > 90).byte().expand(-1, 4, -1, -1).clone()

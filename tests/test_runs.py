@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smoke_lab import beside, smoke_lab
 
-from usjepa_nb import dataset, metrics, pretrain, probe, runs, segment, store, summary, weights
+from usjepa_nb import dataset, methods, metrics, pretrain, probe, runs, segment, store, summary, weights
 from usjepa_nb.camus import UNLABELLED, CamusError
 from usjepa_nb.dataset import Dataset
 from usjepa_nb.profile import Profile, ProfileError
@@ -258,15 +258,18 @@ def test_the_probe_learns_from_training_and_chooses_by_validation(mine, monkeypa
 
 # --- runs: what a folder is named after
 
-CHANGED = {"patients": 11, "spacing": 0.5, "size": 64, "frames": 8, "clip_rule": "step", "frame_step": 2, "tubelet": 1,
+CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frames": 8, "clip_rule": "step", "frame_step": 2, "tubelet": 1,
            "patch": 16, "width": 64, "depth": 3, "heads": 4, "predictor_width": 64, "predictor_depth": 2,
-           "predictor_heads": 1, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "init": "a.pt",
-           "init_videomae": "a.pt", "short_range": (7, 0.15), "long_range": (2, 0.6), "tube_ratio": 0.8,
-           "mask_rule": "first", "sector_aware": False, "target_layers": 1, "centre": 0.0, "beta": 0.5, "pairs": 99,
+           "predictor_heads": 1, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "decoder_positions": "sincos1d", "init": "a.pt",
+           "init_videomae": "a.pt", "mask": "tube", "hidden": 0.6, "short_range": (7, 0.15), "long_range": (2, 0.6), "tube_ratio": 0.8,
+           "mask_rule": "first", "sector_aware": False, "target_layers": 1, "centre": 0.0, "beta": 0.5, "variance": 0.1,
+           "pairs": 99, "ll_on": "context",
            "augmentation": "none", "batch": 2, "steps": 7, "warmup": 0.2, "lr": 0.5, "lr_end": 0.1, "weight_decay": 0.1,
-           "weight_decay_end": 0.1, "beta2": 0.9, "clip": 2.0, "ema": 0.5, "precision": "bf16-mixed"}
+           "weight_decay_end": 0.1, "beta2": 0.9, "clip": 2.0, "ema": 0.5, "videomae_steps": 7,
+           "videomae_lr": 0.5, "precision": "bf16-mixed"}
+OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
-             "supervised_steps": 5, "supervised_lr": 0.5, "fractions": (50,), "lams": (0.5,), "freezes": (0,),
+             "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5, "fractions": (50,), "lams": (0.5,), "freezes": (0,),
              "accelerator": "cpu", "devices": 2, "log_every": 1}
 
 
@@ -277,10 +280,20 @@ def test_every_setting_is_either_of_training_or_not():
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_setting_of_training_makes_another_folder(lab, name):
     other = with_settings(lab, **{name: CHANGED[name]})
-    for method in ("vjepa", "videomae"):
-        assert other.folder(other.spec(method)) != lab.folder(lab.spec(method))
-    if name not in ("steps", "lr"):  # the supervised control has its own
-        assert other.folder(other.spec("supervised")) != lab.folder(lab.spec("supervised"))
+    concerned = {"vjepa": name not in methods.OF_VIDEOMAE + methods.OF_LL + ("videomae_steps", "videomae_lr"),
+                 "vjepa_ll": name not in methods.OF_VIDEOMAE + ("videomae_steps", "videomae_lr"),
+                 "videomae": name not in methods.OF_VJEPA + ("steps", "lr"),
+                 "supervised": name not in methods.OF_VJEPA + methods.OF_VIDEOMAE + OWN_BUDGET}
+    for method, changes in concerned.items():
+        lam = 0.25 if method == "vjepa_ll" else 1.0
+        assert (other.folder(other.spec(method, lam)) != lab.folder(lab.spec(method, lam))) is changes, method
+
+
+def test_a_v_jepa_that_starts_from_videomae_depends_on_it(lab):
+    mine = with_settings(lab, init="videomae")
+    for name in (*methods.OF_VIDEOMAE, "videomae_steps", "videomae_lr"):
+        other = with_settings(lab, init="videomae", **{name: CHANGED[name]})
+        assert other.folder(other.spec("vjepa")) != mine.folder(mine.spec("vjepa")), name
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
@@ -311,7 +324,8 @@ def test_a_whole_number_names_the_same_run(lab):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("vjepaa",), r"method 'vjepaa' has no encoder: choose one of random, videomae, vjepa, vjepa_ll, supervised"),
+    (("vjepaa",), "method 'vjepaa' has no encoder: choose one of random, published, videomae, vjepa, vjepa_ll, "
+                  "finetuned, supervised, unet"),
     (("prior",), r"method 'prior' has no encoder"),
     (("vjepa", 0.25), r"lam = 0.25 is not possible for 'vjepa': 0…1 for vjepa_ll, 1 for all others"),
     (("vjepa_ll", 1.5), r"lam = 1.5 is not possible"),
@@ -325,8 +339,8 @@ def test_an_encoder_that_cannot_be_is_refused(mine, arguments, message):
 
 
 def test_labels_are_those_of_the_tables(lab):
-    assert runs.label(lab.spec("vjepa_ll", 0.25, 1)) == "V-JEPA + LL (λ = 0.25), 1 blocks frozen"
-    assert [runs.label(lab.spec(m)) for m in ("random", "videomae", "vjepa", "supervised")] == [
+    assert methods.label(lab.spec("vjepa_ll", 0.25, 1)) == "V-JEPA + LL (λ = 0.25), 1 blocks frozen"
+    assert [methods.label(lab.spec(m)) for m in ("random", "videomae", "vjepa", "supervised")] == [
         "frozen random encoder", "VideoMAE", "V-JEPA", "supervised, end to end"]
 
 

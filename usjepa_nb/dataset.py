@@ -80,14 +80,16 @@ class Dataset:
             return Path(self.data)
         root = self.cache / self.data_name
         with FileLock(f"{root}.lock"):
-            return phantom.make(root, self.profile.patients, seed=0, spacing=self.profile.spacing)
+            return phantom.make(root, self.profile.patients, self.profile.phantom_seed,
+                                spacing=self.profile.spacing)
 
     @property
     def data_name(self) -> str:
         """A short name of the data set, for files and titles; two folders of one name differ in the suffix."""
         if self.data:
             return f"{Path(self.data).resolve().name}-{digest(str(Path(self.data).resolve()))[:4]}"
-        return f"phantom-{self.profile.patients}x{self.profile.spacing:g}mm"
+        p = self.profile
+        return f"phantom-{p.patients}x{p.spacing:g}mm" + (f"-seed{p.phantom_seed}" if p.phantom_seed else "")
 
     @property
     def hdf5(self) -> Path:

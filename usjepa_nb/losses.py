@@ -87,6 +87,20 @@ def combined(jepa: Tensor, ll: Tensor, lam: float) -> Tensor:
     return lam * jepa + (1 - lam) * ll
 
 
+def variance_covariance(z: Tensor, valid: Tensor | None = None) -> Tensor:
+    """VICReg's guard against collapse (Bardes et al., 2022, Eq. 1 and 3), over all tokens z [B, K, D] of a batch.
+
+    A hinge on each feature's standard deviation at 1, and a twenty-fifth of the mean squared covariance of different
+    features (VICReg's weights 25 and 1).
+    """
+    x = z.flatten(0, 1) if valid is None else z[valid]
+    x = x - x.mean(0)
+    std = (x.var(0) + 1e-4).sqrt()
+    covariance = x.T @ x / (len(x) - 1)
+    off = covariance.square().sum() - covariance.diagonal().square().sum()
+    return F.relu(1 - std).mean() + off / x.shape[-1] / 25
+
+
 def pixel_targets(clips: Tensor, tubelet: Grid, index: Tensor) -> Tensor:
     """VideoMAE's labels: pixels of the masked tubelets, standardised per tubelet and channel. -> [B, K, pt·ph·pw·C].
 

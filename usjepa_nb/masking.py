@@ -36,6 +36,10 @@ class Masks:
         """Padding flags of context followed by target, bool [B, Kc + Kt]."""
         return None if self.context_valid is None else torch.cat([self.context_valid, self.target_valid], 1)
 
+    def swapped(self) -> Masks:
+        """Context and target exchanged."""
+        return Masks(self.target, self.context, self.target_valid, self.context_valid)
+
     def to(self, device) -> Masks:
         return Masks(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from usjepa_nb import losses, masking
 from usjepa_nb.augment import standardise
-from usjepa_nb.masking import rectangle, sector_tokens
+from usjepa_nb.masking import Masks, rectangle, sector_tokens
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder, PixelDecoder, Predictor, gather
 
@@ -92,19 +92,29 @@ class VJEPA(nn.Module):
         x = standardise(grey)
         allowed = sector_tokens(grey, self.p.tubelet_size) if self.p.sector_aware else None
         target = self.targets(x, allowed)
-        jepa = ll = zero = x.new_zeros(())
-        kinds = (self.p.short_range, self.p.long_range)
-        for kind, (blocks, scale) in enumerate(kinds):
-            masks = masking.multiblock(self.grid, len(x), generator, blocks=blocks, scale=scale, rule=self.p.mask_rule,
-                                       allowed=None if allowed is None else allowed.cpu()).to(x.device)
+        jepa = ll = zero = spread = x.new_zeros(())
+        kinds = self.masks(len(x), None if allowed is None else allowed.cpu(), generator)
+        for kind, masks in enumerate(m.to(x.device) for m in kinds):
             z = self.encoder(x, masks.context, masks.context_valid)
             e = self.predictor(z, masks, kind)
             wanted = gather(target, masks.target)
             jepa = jepa + losses.l_jepa(e, wanted, masks.target_valid, self.p.beta) / len(kinds)
-            zero = zero + losses.mean_valid(wanted.abs().mean(-1), masks.target_valid) / len(kinds)
+            zero = zero + losses.l_jepa(torch.zeros_like(e), wanted, masks.target_valid, self.p.beta) / len(kinds)
             if self.head is not None:
-                ll = ll + losses.l_ll(self.head, e, masks, self.grid, self.p.pairs, generator) / len(kinds)
-        return {"loss": losses.combined(jepa, ll, self.lam), "jepa": jepa, "ll": ll, "zero": zero}
+                located = (e, masks) if self.p.ll_on == "predicted" else (z, masks.swapped())
+                ll = ll + losses.l_ll(self.head, *located, self.grid, self.p.pairs, generator) / len(kinds)
+            if self.p.variance:
+                spread = spread + losses.variance_covariance(z, masks.context_valid) / len(kinds)
+        return {"loss": losses.combined(jepa, ll, self.lam) + self.p.variance * spread, "jepa": jepa, "ll": ll,
+                "zero": zero}
+
+    def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
+        """One of each kind the profile asks for: short and long range as published, or a tube mask."""
+        rule = {"allowed": allowed, "rule": self.p.mask_rule}
+        if self.p.mask == "tube":
+            return [masking.tube(self.grid, batch, generator, ratio=self.p.hidden, **rule)]
+        return [masking.multiblock(self.grid, batch, generator, blocks=blocks, scale=scale, **rule)
+                for blocks, scale in (self.p.short_range, self.p.long_range)]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -121,7 +131,7 @@ class VideoMAE(nn.Module):
         super().__init__()
         self.p, self.grid, self.encoder = p, p.grid(frames), encoder
         self.decoder = PixelDecoder(self.grid, p.tubelet_size, p.width, p.decoder_width, p.decoder_depth,
-                                    p.decoder_heads)
+                                    p.decoder_heads, positions=p.decoder_positions)
 
     @property
     def features(self) -> Encoder:

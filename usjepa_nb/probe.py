@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from usjepa_nb.augment import augment, standardise
+from usjepa_nb.augment import standardise
 from usjepa_nb.camus import LABELS, UNLABELLED
 from usjepa_nb.masking import rectangle, sector_tokens
 from usjepa_nb.profile import Profile
@@ -99,26 +99,6 @@ def mean_dice(predicted: Tensor, masks: Tensor) -> float:
         total = p.flatten(1).sum(1) + m.flatten(1).sum(1)
         per_class.append(2 * (p & m).flatten(1).sum(1) / total)  # 0 / 0 = nan, as `metrics.dsc`
     return float(torch.stack(per_class).nanmean(0).nanmean())
-
-
-class Supervised(nn.Module):
-    """The control: the same encoder and probe, trained end to end from labels; an objective like the others."""
-
-    def __init__(self, p: Profile, frames: int, encoder: Encoder):
-        super().__init__()
-        self.p, self.encoder = p, encoder
-        self.probe = SegmentationProbe(p.grid(frames), p.tubelet_size, p.width, p.heads, p.probe_width)
-
-    @property
-    def features(self) -> Encoder:
-        return self.encoder
-
-    def forward(self, batch: tuple[Tensor, Tensor], generator: Generator) -> dict[str, Tensor]:
-        grey, masks = augment(batch[0], generator, batch[1])
-        return {"loss": segmentation_loss(self.probe(*encode(self.encoder, grey, self.p.sector_aware)), masks)}
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
 
 
 class Cache:

@@ -27,6 +27,7 @@ class Profile:
     name: str
     # data
     patients: int
+    phantom_seed: int
     spacing: float
     size: int
     frames: int
@@ -44,9 +45,12 @@ class Profile:
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
+    decoder_positions: str
     init: str
     init_videomae: str
     # masks
+    mask: str
+    hidden: float
     short_range: tuple[int, float]
     long_range: tuple[int, float]
     tube_ratio: float
@@ -56,7 +60,9 @@ class Profile:
     target_layers: int
     centre: float
     beta: float
+    variance: float
     pairs: int
+    ll_on: str
     # pre-training
     augmentation: str
     batch: int
@@ -69,6 +75,8 @@ class Profile:
     beta2: float
     clip: float
     ema: float
+    videomae_steps: int
+    videomae_lr: float
     # probe
     probe_epochs: int
     probe_min_steps: int
@@ -77,6 +85,7 @@ class Profile:
     probe_width: int
     supervised_steps: int
     supervised_lr: float
+    finetune_lr: float
     # grid
     fractions: tuple[int, ...]
     lams: tuple[float, ...]
@@ -88,7 +97,9 @@ class Profile:
     log_every: int
 
     def __post_init__(self):
-        choices = {"clip_rule": ("cover", "step"), "mask_rule": ("random", "first", "pad"),
+        choices = {"clip_rule": ("cover", "step"), "mask": ("multiblock", "tube"), "ll_on": ("predicted", "context"),
+                   "decoder_positions": ("sincos1d", "sincos3d"),
+                   "mask_rule": ("random", "first", "pad"),
                    "augmentation": ("none", "mild", "published"),
                    "precision": ("32-true", "bf16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
         for key, allowed in choices.items():
@@ -96,8 +107,8 @@ class Profile:
                 self.refuse(key, f"choose one of {', '.join(allowed)}")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            may_be_zero = f.name in ("centre", "beta", "ema", "warmup", "lr_end", "weight_decay", "weight_decay_end",
-                                     "probe_min_steps")
+            may_be_zero = f.name in ("phantom_seed", "centre", "beta", "variance", "ema", "warmup", "lr_end",
+                                     "weight_decay", "weight_decay_end", "probe_min_steps")
             if isinstance(value, int | float) and not isinstance(value, bool) and \
                     (not 0 <= value < math.inf or (value == 0 and not may_be_zero)):
                 self.refuse(f.name, "it must be positive")
@@ -111,7 +122,7 @@ class Profile:
         for key in ("short_range", "long_range"):
             if getattr(self, key)[0] < 1 or not 0 < getattr(self, key)[1] <= 1:
                 self.refuse(key, "it is [blocks, share of the area of each], at least 1 and in (0, 1]")
-        for key in ("centre", "warmup", "ema", "tube_ratio", "beta2"):
+        for key in ("centre", "warmup", "ema", "hidden", "tube_ratio", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 self.refuse(key, "it must lie in [0, 1)")
         if not 1 <= self.target_layers <= self.depth:

@@ -7,7 +7,6 @@ without talking to each other. Nothing else remembers state.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -24,16 +22,10 @@ from filelock import FileLock
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
-from usjepa_nb import objectives, parallel, pretrain, probe, weights
+from usjepa_nb import methods, parallel, pretrain, probe
 from usjepa_nb.dataset import Dataset, digest
-from usjepa_nb.profile import ROOT
+from usjepa_nb.methods import label
 from usjepa_nb.vit import Encoder
-
-METHODS = {"random": "frozen random encoder", "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL",
-           "supervised": "supervised, end to end", "prior": "shape prior"}
-NOT_TRAINING = ("name", "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width",
-                "supervised_steps", "supervised_lr", "fractions", "lams", "freezes", "accelerator", "devices",
-                "log_every")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,21 +41,13 @@ class Run:
 
     folder: Path
     spec: dict
-    encoder: Encoder
+    encoder: Encoder | None  # None for a method without one, as the U-Net
     history: pd.DataFrame
     objective: torch.nn.Module | None = None
 
     @property
     def label(self) -> str:
         return label(self.spec)
-
-
-def label(spec: dict) -> str:
-    """A method's name as tables print it."""
-    text = METHODS[spec["method"]]
-    if spec["method"] == "vjepa_ll":
-        text += f" (λ = {spec['lam']:g})"
-    return text + (f", {spec['freeze']} blocks frozen" if spec["freeze"] else "")
 
 
 class Lab(Dataset):
@@ -78,25 +62,8 @@ class Lab(Dataset):
         return {**self.__dict__, "loaded": {}}
 
     def spec(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> dict:
-        """The description that a run's folder is hashed from.
-
-        Raises:
-            ValueError: an unknown method, or a lam or freeze that the method does not have.
-        """
-        if method not in METHODS or method == "prior":
-            known = ", ".join(m for m in METHODS if m != "prior")
-            raise ValueError(f"method {method!r} has no encoder: choose one of {known}")
-        if not 0 <= lam <= 1 or (lam != 1 and method != "vjepa_ll"):
-            raise ValueError(f"lam = {lam} is not possible for {method!r}: 0…1 for vjepa_ll, 1 for all others")
-        if freeze and method not in ("vjepa", "vjepa_ll"):
-            raise ValueError(f"freeze = {freeze} is not possible for {method!r}: only V-JEPA freezes blocks, choose 0")
-        settings = {k: v for k, v in dataclasses.asdict(self.profile).items() if k not in NOT_TRAINING}
-        if method == "supervised":  # its probe is trained with it
-            settings["steps"], settings["lr"] = self.profile.supervised_steps, self.profile.supervised_lr
-            settings["probe_width"] = self.profile.probe_width
-        return {"method": method, "lam": float(lam), "freeze": freeze, "seed": self.seed, "data": self.store.data_hash,
-                "code": version("usjepa-nb"),
-                "frames": self.frames, "fraction": fraction if method == "supervised" else None, "settings": settings}
+        """The description that a run's folder is hashed from, see `methods.describe`."""
+        return methods.describe(self, method, lam, freeze, fraction)
 
     def folder(self, spec: dict) -> Path:
         parts = [spec["method"], f"lam{spec['lam']:g}" if spec["method"] == "vjepa_ll" else "",
@@ -105,32 +72,14 @@ class Lab(Dataset):
         return self.cache / "runs" / self.profile.name / "-".join(p for p in parts if p)
 
     def objective(self, spec: dict) -> torch.nn.Module:
-        """The untrained objective of a run; weights are drawn from the run's seed, or loaded from `init`."""
-        p = self.profile
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec["seed"])
-            if spec["method"] == "videomae":
-                encoder = self.initial(objectives.make_encoder(p, self.frames, "sincos1d"), p.init_videomae)
-                return objectives.VideoMAE(p, self.frames, encoder)
-            encoder = objectives.make_encoder(p, self.frames)
-            if spec["method"] == "supervised":
-                return probe.Supervised(p, self.frames, encoder)  # from random weights; the paper does not say
-            if spec["method"] != "random":
-                encoder = self.initial(encoder, p.init)
-            return objectives.VJEPA(p, self.frames, encoder, spec["lam"], spec["freeze"])
-
-    @staticmethod
-    def initial(encoder: Encoder, init: str) -> Encoder:
-        """Fill the encoder from the checkpoint `init`, reporting every key; "random" leaves it as drawn."""
-        if init != "random":
-            print(*weights.load(ROOT / init, encoder), sep="\n")
-        return encoder
+        """The untrained objective of a run, see `methods.build`."""
+        return methods.build(self, spec)
 
     def encoder(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> Run:
         """An encoder of the method, loaded from disk or else trained, with a line that says which.
 
         Args:
-            fraction: for "supervised", the share (%) of the training patients whose labels it may see.
+            fraction: for methods that learn from labels, the share (%) of the training patients whose labels they see.
         """
         spec = self.spec(method, lam, freeze, fraction)
         key = digest(spec)
@@ -143,8 +92,8 @@ class Lab(Dataset):
         spec = self.spec(method, lam, freeze, fraction)
         folder, objective = self.folder(spec), self.objective(spec)
         folder.mkdir(parents=True, exist_ok=True)
-        if method == "random":
-            yield Run(folder, spec, objective.encoder.eval(), pd.DataFrame(), objective)
+        if method in methods.UNTRAINED:
+            yield Run(folder, spec, objective.encoder.eval(), pd.DataFrame(), objective.eval())
             return
         with FileLock(folder / "lock"):  # a second process that wants the same run waits, then loads it
             for left in folder.glob("checkpoint.*.part"):  # by a killed process: nobody else holds the lock
@@ -161,7 +110,7 @@ class Lab(Dataset):
             _, rows = pretrain.resume(folder / "checkpoint.pt", objective)
         seconds = json.loads(finished.read_text())["seconds"]
         print(f"{label(spec)}: {spec['settings']['steps']} steps, trained in {seconds:.0f} s [{folder.name}]")
-        yield Run(folder, spec, objective.features.eval(), pd.DataFrame(rows), objective.eval())
+        yield Run(folder, spec, objective.eval().features, pd.DataFrame(rows), objective)
 
     def train(self, spec: dict, folder: Path, objective: torch.nn.Module) -> Iterator[Run]:
         """Run the loop, from the checkpoint if there is one, and leave checkpoint.pt, history.csv and run.json."""
@@ -176,11 +125,13 @@ class Lab(Dataset):
         watched = torch.from_numpy(self.clips(self.store.rows("val")[:32])[0]).float()
 
         def watch(module):
+            if module.features is None:
+                return {}
             with torch.no_grad():
                 z, seen = probe.encode(module.features, watched.to(fabric.device), p.sector_aware)
             return pretrain.monitors(z[:, seen.all(0)])
 
-        if spec["method"] == "supervised":
+        if spec["method"] in methods.END_TO_END:
             grey, masks = (torch.from_numpy(v) for v in self.clips(self.labelled(spec["fraction"])))
 
             def batches(generator, n):
@@ -194,7 +145,7 @@ class Lab(Dataset):
             if len(rows) == first + 5:  # the first step also warms up
                 left = (time.time() - begun) / 5 * (p.steps - len(rows))
                 print(f"{label(spec)}: about {left / 60:.1f} minutes to go on this machine")
-            if "std" in row:
+            if len(rows) % p.log_every == 0 or len(rows) == p.steps:
                 history = pd.DataFrame(rows)
                 if fabric.is_global_zero:
                     write_text(folder / "history.csv", history.to_csv(index=False))

@@ -13,7 +13,8 @@ import torch
 
 from usjepa_nb import metrics, probe
 from usjepa_nb.dataset import digest
-from usjepa_nb.runs import Lab, Run, label
+from usjepa_nb.methods import END_TO_END, label
+from usjepa_nb.runs import Lab, Run
 from usjepa_nb.vit import Encoder
 
 PROBING = ("probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
@@ -37,7 +38,7 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     """Segment with a probe trained on `fraction` % of the training patients' labels.
 
     Args:
-        method: a key of `runs.METHODS`. "prior" looks at no image; "supervised" brings its own probe.
+        method: a key of `methods.METHODS`. "prior" looks at no image, `methods.END_TO_END` need no probe.
         online: probe V-JEPA's online encoder instead of its EMA target.
     """
     rows = np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
@@ -63,11 +64,13 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
 def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None) -> tuple:
     """Predictions of best and last probe on `rows`, and the probe's history."""
     p = lab.profile
-    if run.spec["method"] == "supervised":  # its probe was trained with it
+    if run.spec["method"] in END_TO_END:  # its decoder was trained with it
+        model = run.objective.to(lab.device)
         with torch.no_grad():
-            parts = [probe.encode(run.encoder, grey.float(), p.sector_aware)
+            parts = [model.logits(grey.float().to(lab.device)).argmax(1).byte().cpu()
                      for grey in torch.from_numpy(lab.clips(rows)[0]).split(16)]
-        predicted = probe.predict(run.objective.probe, *map(torch.cat, zip(*parts, strict=True))).numpy()
+        model.to("cpu")
+        predicted = torch.cat(parts).numpy()
         return predicted, predicted, []
     train = lab.labelled(100)
     everything = np.concatenate([train, rows])

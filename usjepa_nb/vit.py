@@ -176,12 +176,12 @@ class PixelDecoder(nn.Module):
     """VideoMAE's decoder: context features [B, Kc, D] -> pixels of the masked tubelets [B, Kt, pt·ph·pw·C]."""
 
     def __init__(self, grid: Grid, tubelet: Grid, encoder_width: int, width: int, depth: int, heads: int,
-                 channels: int = 1):
+                 channels: int = 1, positions: str = "sincos1d"):
         super().__init__()
         self.encoder_to_decoder = nn.Linear(encoder_width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.register_buffer("pos_embed", sincos1d(grid, width), persistent=False)
+        self.register_buffer("pos_embed", POSITIONS[positions](grid, width), persistent=False)
         self.blocks = make_blocks(width, depth, heads)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, math.prod(tubelet) * channels)

@@ -170,6 +170,13 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
     return reports
 
 
+def parts(path: str | Path) -> set[str]:
+    """Names of what a checkpoint holds; in VideoMAE's layout "encoder" and "decoder" share one state."""
+    file = read(path)
+    inner = {k.removeprefix("module.").split(".")[0] for k in file["model"]} if isinstance(file.get("model"), dict) else ()
+    return set(file) | set(inner)
+
+
 def tensors(file: dict, name: str, path: str | Path) -> dict[str, Tensor]:
     """The part `name` of a checkpoint (empty if absent), which has to be tensors by name."""
     state = file.get(name, {})

@@ -1,0 +1,164 @@
+"""What makes V-JEPA work at teaching scale, and whether it then beats its controls. Tables: `results/recipe.md`.
+
+    python benchmarks/recipe.py tune  [--data CAMUS] [--seeds 0 1 2] [--only NAME ...]   one change at a time, inner fold
+    python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4]                     the frozen recipe, once
+    python benchmarks/recipe.py report                                               results/recipe.md
+
+Tuning sees training patients only: a fifth of them is held out as an inner fold. Judging trains on the training
+patients, chooses the probe's step on patients drawn from them, and scores the phantom's test patients or CAMUS's
+official validation patients. Every run lies in the cache under its hash, so a stopped study goes on where it was.
+"""
+import argparse
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from usjepa_nb import metrics
+from usjepa_nb.runs import Lab, write_text
+from usjepa_nb.segment import segmentation
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "steps": 600, "lr": 5e-4, "log_every": 300,
+        "init": "videomae", "init_videomae": "random"}
+
+# name -> (what changes against the recipe, in words; method; its settings)
+SCRATCH = {"init": "random", "steps": 1500, "lr": 1e-3}
+VARIANTS = {
+    "random": ("frozen random encoder", "random", {}),
+    "videomae": ("VideoMAE alone, positions (t, y, x)", "videomae", {}),
+    "videomae-1d": ("VideoMAE alone, published positions 0…N-1", "videomae", {"decoder_positions": "sincos1d"}),
+    "recipe": ("the recipe", "vjepa", {}),
+    "last-layer": ("target: last layer, as published", "vjepa", {"target_layers": 1}),
+    "not-centred": ("target: not centred", "vjepa", {"centre": 0.0}),
+    "published-target": ("target: last layer, not centred, L1", "vjepa",
+                         {"target_layers": 1, "centre": 0.0, "beta": 0.0}),
+    "l1": ("L1 for smooth L1", "vjepa", {"beta": 0.0}),
+    "blocks": ("masks: multi-block, as published", "vjepa", {"mask": "multiblock"}),
+    "hidden-50": ("masks: half of the places hidden", "vjepa", {"hidden": 0.5}),
+    "hidden-85": ("masks: 85 % hidden", "vjepa", {"hidden": 0.85}),
+    "all-tokens": ("tokens outside the sector kept", "vjepa", {"sector_aware": False}),
+    "ema-998": ("EMA from 0.998, as published", "vjepa", {"ema": 0.998}),
+    "lr-half": ("half the learning rate", "vjepa", {"lr": 2.5e-4}),
+    "lr-double": ("twice the learning rate", "vjepa", {"lr": 1e-3}),
+    "batch-4": ("batch of 4, four times the steps", "vjepa", {"batch": 4, "steps": 2400}),
+    "steps-300": ("half the steps", "vjepa", {"steps": 300}),
+    "steps-1200": ("twice the steps", "vjepa", {"steps": 1200}),
+    "predictor-small": ("predictor 48 wide, 1 deep", "vjepa", {"predictor_width": 48, "predictor_depth": 1}),
+    "predictor-large": ("predictor 128 wide, 4 deep", "vjepa", {"predictor_width": 128, "predictor_depth": 4}),
+    "mirrored": ("published augmentation, mirrored hearts", "vjepa", {"augmentation": "published"}),
+    "no-augmentation": ("no augmentation", "vjepa", {"augmentation": "none"}),
+    "variance": ("variance–covariance term, weight 0.1", "vjepa", {"variance": 0.1}),
+    "scratch": ("from random weights, 1500 steps", "vjepa", SCRATCH),
+    "scratch-blocks": ("from random weights, published masks", "vjepa", {**SCRATCH, "mask": "multiblock"}),
+    "scratch-published": ("from random weights, published masks and target", "vjepa",
+                          {**SCRATCH, "mask": "multiblock", "target_layers": 1, "centre": 0.0, "beta": 0.0}),
+    "ll-0.25": ("LL as in the paper, λ 0.25", "vjepa_ll", {"lam": 0.25}),
+    "ll-0.9": ("LL as in the paper, λ 0.9", "vjepa_ll", {"lam": 0.9}),
+    "ll-context-0.25": ("LL on visible encoder tokens, λ 0.25", "vjepa_ll", {"lam": 0.25, "ll_on": "context"}),
+    "ll-context-0.9": ("LL on visible encoder tokens, λ 0.9", "vjepa_ll", {"lam": 0.9, "ll_on": "context"}),
+}
+
+
+def assign(store, split):
+    """Give the rows of an open store other parts; the file stays as it is."""
+    store._columns["split"] = store.table["split"] = np.asarray(split, str)
+    return store
+
+
+class InnerFold(Lab):
+    """A lab whose validation part is a fifth of the training patients; the other parts are not to be seen."""
+
+    @cached_property
+    def store(self):
+        store = Lab.store.func(self)
+        table, split = store.table, store.table["split"].to_numpy().astype(object)
+        patients = np.sort(table.loc[split == "train", "patient"].unique())
+        held = np.random.default_rng(7).permutation(patients)[:len(patients) // 5]
+        split[split != "train"] = "unused"
+        split[table["patient"].isin(held).to_numpy()] = "val"
+        return assign(store, split)
+
+    def spec(self, *args, **options):
+        return super().spec(*args, **options) | {"part": "inner fold"}
+
+
+class Judged(Lab):
+    """A lab scored on CAMUS's official validation patients (its test part is elsewhere): val and test change places."""
+
+    @cached_property
+    def store(self):
+        store = Lab.store.func(self)
+        if self.data:
+            assign(store, store.table["split"].replace({"val": "test", "test": "val"}))
+        return store
+
+    def spec(self, *args, **options):
+        return super().spec(*args, **options) | {"part": "judged"}
+
+
+def per_patient(lab, method, fraction, split, **what) -> pd.Series:
+    """Mean DSC of each patient of a split, with the last probe: no step is chosen on those who are scored."""
+    scores = segmentation(lab, method, fraction, **what).scores
+    return scores[(scores.split == split) & (scores.which == "last")].groupby("patient")["dsc"].mean()
+
+
+def tune(data, seeds, only):
+    out = RESULTS / f"recipe_tune_{'real' if data else 'phantom'}.json"
+    rows = json.loads(out.read_text()) if out.exists() else []
+    for seed in seeds:
+        for name in only or VARIANTS:
+            if any(r["name"] == name and r["seed"] == seed for r in rows):
+                continue
+            words, method, changes = VARIANTS[name]
+            what = {"lam": changes["lam"]} if "lam" in changes else {}
+            settings = {k: v for k, v in changes.items() if k != "lam"}
+            lab = InnerFold("tiny", data, seed=seed, **{**SIZE, **settings})
+            run = lab.encoder(method, **what)
+            dsc = per_patient(lab, method, 10, "val", **what)
+            end = run.history.dropna().iloc[-1] if len(run.history) else {}
+            row = {"name": name, "words": words, "seed": seed, "dsc": float(dsc.mean()), "patients": len(dsc),
+                   **{k: float(end[k]) for k in ("jepa", "zero", "ll", "rank", "position_share") if k in end}}
+            print(row, flush=True)
+            rows.append(row)
+            write_text(out, json.dumps(rows, indent=1))
+
+
+JUDGED = {"prior": {}, "random": {}, "videomae": {}, "vjepa": {}, "vjepa_ll": {"lam": 0.25}, "supervised": {},
+          "finetuned": {}, "unet": {}}
+
+
+def judge(data, seeds, only):
+    out = RESULTS / f"recipe_judge_{'real' if data else 'phantom'}.csv"
+    rows = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["method", "seed", "fraction", "patient", "dsc"])
+    for seed in seeds:
+        lab = Judged("tiny", data, seed=seed, **SIZE)
+        for method in only or JUDGED:
+            for fraction in (10, 20, 50, 100):
+                if ((rows.method == method) & (rows.seed == seed) & (rows.fraction == fraction)).any():
+                    continue
+                dsc = per_patient(lab, method, fraction, "test", **JUDGED[method])
+                print(f"{method} {fraction} % seed {seed}: {dsc.mean():.3f}", flush=True)
+                new = pd.DataFrame({"method": method, "seed": seed, "fraction": fraction, "patient": dsc.index,
+                                    "dsc": dsc.round(5).to_numpy()})
+                rows = pd.concat([rows, new], ignore_index=True)
+                write_text(out, rows.to_csv(index=False))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "judge", "report"))
+    parser.add_argument("--data", default="", help="a CAMUS folder; without it the phantom")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", help="names of variants or methods")
+    a = parser.parse_args()
+    if a.what == "report":
+        report()
+    else:
+        {"tune": tune, "judge": judge}[a.what](a.data, a.seeds, a.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What is compared: the methods by name, the description of one run, and the untrained objective it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from usjepa_nb import objectives, weights
+from usjepa_nb.controls import Supervised, UNet
+from usjepa_nb.profile import ROOT
+
+METHODS = {"prior": "shape prior", "random": "frozen random encoder", "published": "published weights, not adapted",
+           "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL", "finetuned": "fine-tuned",
+           "supervised": "supervised, end to end", "unet": "U-Net, end to end"}
+UNTRAINED = ("random", "published")
+END_TO_END = ("supervised", "finetuned", "unet")  # they learn from labels and bring their own decoder
+ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
+# Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
+NEVER = ("name", "fractions", "lams", "freezes", "accelerator", "devices", "log_every", "finetune_lr",
+         "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
+         "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
+OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",
+            "long_range", "target_layers", "centre", "beta", "variance", "pairs", "ll_on", "ema")
+OF_VIDEOMAE = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_positions", "init_videomae", "tube_ratio")
+OF_LL = ("pairs", "ll_on")
+
+
+def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> dict:
+    """The description that a run's folder is hashed from. For "finetuned", lam and freeze are those of the V-JEPA
+    that it starts from.
+
+    Raises:
+        ValueError: an unknown method, or a lam or freeze that the method does not have.
+    """
+    if method not in METHODS or method == "prior":
+        known = ", ".join(m for m in METHODS if m != "prior")
+        raise ValueError(f"method {method!r} has no encoder: choose one of {known}")
+    if not 0 <= lam <= 1 or (lam != 1 and method not in ("vjepa_ll", "finetuned")):
+        raise ValueError(f"lam = {lam} is not possible for {method!r}: 0…1 for vjepa_ll, 1 for all others")
+    if freeze and method not in ADAPTED:
+        raise ValueError(f"freeze = {freeze} is not possible for {method!r}: only V-JEPA freezes blocks, choose 0")
+    p = lab.profile
+    leave = NEVER + {"videomae": OF_VJEPA, "vjepa": OF_VIDEOMAE + OF_LL, "vjepa_ll": OF_VIDEOMAE,
+                     "finetuned": OF_VIDEOMAE, "published": OF_VIDEOMAE + OF_LL}.get(method, OF_VJEPA + OF_VIDEOMAE)
+    settings = {k: v for k, v in dataclasses.asdict(p).items() if k not in leave}
+    if method == "videomae":
+        settings |= {"steps": p.videomae_steps, "lr": p.videomae_lr}
+    if method in ADAPTED + ("published",) and p.init == "videomae":
+        settings["videomae"] = describe(lab, "videomae")["settings"]
+    if method == "finetuned":
+        settings["base"] = {"steps": p.steps, "lr": p.lr}
+    if method in END_TO_END:  # their decoder is trained with them
+        settings |= {"steps": p.supervised_steps, "probe_width": p.probe_width,
+                     "lr": p.finetune_lr if method == "finetuned" else p.supervised_lr}
+    files = {key: hashlib.sha256((ROOT / getattr(p, key)).read_bytes()).hexdigest()[:10]
+             for key in ("init", "init_videomae") if key in settings and (ROOT / getattr(p, key)).is_file()}
+    return {"method": method, "lam": float(lam), "freeze": freeze, "seed": lab.seed, "data": lab.store.data_hash,
+            "code": version("usjepa-nb"), "init": files, "frames": lab.frames,
+            "fraction": fraction if method in END_TO_END else None, "settings": settings}
+
+
+def label(spec: dict) -> str:
+    """A method's name as tables print it."""
+    text = METHODS["vjepa_ll" if spec["lam"] < 1 else "vjepa"] if spec["method"] in ADAPTED else METHODS[spec["method"]]
+    if spec["lam"] < 1:
+        text += f" (λ = {spec['lam']:g})"
+    if spec["freeze"]:
+        text += f", {spec['freeze']} blocks frozen"
+    return text + (f", {METHODS['finetuned']}" if spec["method"] == "finetuned" else "")
+
+
+def build(lab, spec: dict) -> nn.Module:
+    """The untrained objective of a run; weights are drawn from the run's seed, or come from where `init` says."""
+    p, method = lab.profile, spec["method"]
+    if method == "finetuned":
+        base = lab.encoder("vjepa_ll" if spec["lam"] < 1 else "vjepa", spec["lam"], spec["freeze"]).encoder
+    elif p.init == "videomae" and method in ("published", "vjepa", "vjepa_ll"):
+        base = lab.encoder("videomae").encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec["seed"])
+        if method == "unet":
+            return UNet()
+        if method == "videomae":
+            objective = objectives.VideoMAE(p, lab.frames, objectives.make_encoder(p, lab.frames, p.decoder_positions))
+            return fill(objective, p.init_videomae, decoder=objective.decoder)
+        encoder = objectives.make_encoder(p, lab.frames)
+        if method in ("supervised", "finetuned"):  # supervised: from random weights; the paper does not say
+            objective = Supervised(p, lab.frames, encoder)
+            if method == "finetuned":
+                encoder.load_state_dict(base.state_dict())
+            return objective
+        objective = objectives.VJEPA(p, lab.frames, encoder, spec["lam"], spec["freeze"])
+    if method != "random" and p.init == "videomae":
+        encoder.load_state_dict(base.state_dict())
+        objective.target_encoder.load_state_dict(base.state_dict())
+        return objective
+    return objective if method == "random" else fill(objective, p.init, predictor=objective.predictor)
+
+
+def fill(objective: nn.Module, init: str, **parts: nn.Module) -> nn.Module:
+    """Fill encoder (and predictor or decoder) from the checkpoint `init`, reporting every key; "random" leaves all.
+
+    A file of an encoder alone is welcome: the other part then starts at random, and the report says so.
+    """
+    if init != "random":
+        there = weights.parts(ROOT / init)
+        for name in parts.keys() - there:
+            print(f"{init}: holds no {name}, which starts at random")
+        print(*weights.load(ROOT / init, objective.encoder, **{k: v for k, v in parts.items() if k in there}), sep="\n")
+        if isinstance(objective, objectives.VJEPA):
+            objective.target_encoder.load_state_dict(objective.encoder.state_dict())
+    return objective
