@@ -39,14 +39,22 @@ def delta(index1: Tensor, index2: Tensor, grid: Grid) -> Tensor:
     return (position(index1, grid) - position(index2, grid)) / torch.tensor(grid, device=index1.device)
 
 
-def sample_pairs(masks: Masks, pairs: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def sample_pairs(masks: Masks, pairs: int, generator: Generator, replacement: bool = True) -> tuple[Tensor, Tensor]:
     """R_100: positions of both members of `pairs` random pairs among the masked tokens, two int64 [B, pairs].
 
-    Drawn with replacement (the paper does not say); padding is never drawn.
+    Drawn with replacement unless told otherwise (the paper does not say); padding is never drawn. Without it, no
+    ordered pair comes twice and no token meets itself, as long as a clip has that many pairs.
     """
-    count = torch.tensor(masks.target.shape[1]) if masks.target_valid is None else masks.target_valid.sum(1).cpu()
-    draw = torch.rand(2, len(masks.target), pairs, generator=generator) * count.view(-1, 1)
-    m1, m2 = draw.long().to(masks.target.device)
+    B, K = masks.target.shape
+    count = torch.full((B,), K) if masks.target_valid is None else masks.target_valid.sum(1).cpu()
+    if replacement:
+        draw = (torch.rand(2, B, pairs, generator=generator) * count.view(-1, 1)).long()
+    else:  # number the ordered pairs of different tokens 0…n(n-1)-1 and take the first of a random order
+        order = [torch.randperm(int(n * (n - 1)), generator=generator) for n in count]
+        number = torch.stack([o.repeat(-(-pairs // len(o)))[:pairs] for o in order])
+        first, second = number // (count.view(-1, 1) - 1), number % (count.view(-1, 1) - 1)
+        draw = torch.stack([first, second + (second >= first)])
+    m1, m2 = draw.to(masks.target.device)
     return m1, m2
 
 

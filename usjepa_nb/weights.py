@@ -173,8 +173,8 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
 def parts(path: str | Path) -> set[str]:
     """Names of what a checkpoint holds; in VideoMAE's layout "encoder" and "decoder" share one state."""
     file = read(path)
-    inner = {k.removeprefix("module.").split(".")[0] for k in file["model"]} if isinstance(file.get("model"), dict) else ()
-    return set(file) | set(inner)
+    model = file.get("model")
+    return set(file) | {k.removeprefix("module.").split(".")[0] for k in (model if isinstance(model, dict) else ())}
 
 
 def tensors(file: dict, name: str, path: str | Path) -> dict[str, Tensor]:
