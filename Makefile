@@ -4,6 +4,7 @@
 #   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
+#   make weights             pre-train the weights that weights/ ships again (about an hour)
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
 
@@ -22,7 +23,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run results lab test test-unit test-notebooks lint clean clean-all setup
+.PHONY: run results weights lab test test-unit test-notebooks lint clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -55,6 +56,9 @@ run: $(READY)
 # What the repository shows of a finished `make run`: results/tiny and the outputs of the committed notebooks.
 results: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python results/publish.py $(PROFILE)
+
+weights: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python weights/publish.py
 
 lab: $(READY)
 	@$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

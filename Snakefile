@@ -17,9 +17,10 @@ WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_loc
         "05_probe_segmentation", "06_qualitative_overlays", "90_solutions"]
 
 # Cells of the grid: notebooks of the walk with other parameters, side by side. 04 and 05 then find their runs ready.
-ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze}"
+ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze} -p deep False"
             for freeze in lab.profile.freezes for lam in lab.profile.lams if (lam, freeze) != (0.25, 0)}
-GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}" for m in ("videomae", "supervised")}
+GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}"
+                   for m in ("videomae", "supervised", "unet", "finetuned")}
 
 
 def needs(wildcards):

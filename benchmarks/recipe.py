@@ -21,8 +21,8 @@ from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "steps": 600, "lr": 5e-4, "log_every": 300,
-        "init": "videomae", "init_videomae": "random"}
+SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "steps": 600, "lr": 5e-4,
+        "log_every": 300, "init": "videomae", "init_videomae": "random"}
 
 # name -> (what changes against the recipe, in words; method; its settings)
 SCRATCH = {"init": "random", "steps": 1500, "lr": 1e-3}
@@ -41,6 +41,16 @@ VARIANTS = {
     "hidden-85": ("masks: 85 % hidden", "vjepa", {"hidden": 0.85}),
     "all-tokens": ("tokens outside the sector kept", "vjepa", {"sector_aware": False}),
     "ema-998": ("EMA from 0.998, as published", "vjepa", {"ema": 0.998}),
+    "frozen-teacher": ("EMA off: the target stays the first weights; online encoder probed", "vjepa",
+                       {"ema": 0.999999, "online": True}),
+    "encoder-0.2": ("twice the learning rate, a fifth of it for the encoder", "vjepa", {"lr": 1e-3, "encoder_lr": 0.2}),
+    "encoder-0.05": ("twice the learning rate, a twentieth of it for the encoder", "vjepa",
+                     {"lr": 1e-3, "encoder_lr": 0.05}),
+    "encoder-0.2-1200": ("the same, a fifth for the encoder, 1200 steps", "vjepa",
+                         {"lr": 1e-3, "encoder_lr": 0.2, "steps": 1200}),
+    "lr-fifth": ("a fifth of the learning rate", "vjepa", {"lr": 1e-4}),
+    "lr-fifth-1200": ("a fifth of the learning rate, twice the steps", "vjepa", {"lr": 1e-4, "steps": 1200}),
+    "lr-fifth-ema-998": ("a fifth of the learning rate, EMA from 0.998", "vjepa", {"lr": 1e-4, "ema": 0.998}),
     "lr-half": ("half the learning rate", "vjepa", {"lr": 2.5e-4}),
     "lr-double": ("twice the learning rate", "vjepa", {"lr": 1e-3}),
     "batch-4": ("batch of 4, four times the steps", "vjepa", {"batch": 4, "steps": 2400}),
@@ -55,6 +65,7 @@ VARIANTS = {
     "scratch-blocks": ("from random weights, published masks", "vjepa", {**SCRATCH, "mask": "multiblock"}),
     "scratch-published": ("from random weights, published masks and target", "vjepa",
                           {**SCRATCH, "mask": "multiblock", "target_layers": 1, "centre": 0.0, "beta": 0.0}),
+    "frozen-2": ("first 2 of 4 blocks frozen", "vjepa", {"freeze": 2}),
     "ll-0.25": ("LL as in the paper, λ 0.25", "vjepa_ll", {"lam": 0.25}),
     "ll-0.9": ("LL as in the paper, λ 0.9", "vjepa_ll", {"lam": 0.9}),
     "ll-context-0.25": ("LL on visible encoder tokens, λ 0.25", "vjepa_ll", {"lam": 0.25, "ll_on": "context"}),
@@ -113,10 +124,9 @@ def tune(data, seeds, only):
             if any(r["name"] == name and r["seed"] == seed for r in rows):
                 continue
             words, method, changes = VARIANTS[name]
-            what = {"lam": changes["lam"]} if "lam" in changes else {}
-            settings = {k: v for k, v in changes.items() if k != "lam"}
-            lab = InnerFold("tiny", data, seed=seed, **{**SIZE, **settings})
-            run = lab.encoder(method, **what)
+            what = {k: v for k, v in changes.items() if k in ("lam", "freeze", "online")}
+            lab = InnerFold("tiny", data, seed=seed, **SIZE | {k: v for k, v in changes.items() if k not in what})
+            run = lab.encoder(method, what.get("lam", 1.0), what.get("freeze", 0))
             dsc = per_patient(lab, method, 10, "val", **what)
             end = run.history.dropna().iloc[-1] if len(run.history) else {}
             row = {"name": name, "words": words, "seed": seed, "dsc": float(dsc.mean()), "patients": len(dsc),
@@ -126,25 +136,90 @@ def tune(data, seeds, only):
             write_text(out, json.dumps(rows, indent=1))
 
 
-JUDGED = {"prior": {}, "random": {}, "videomae": {}, "vjepa": {}, "vjepa_ll": {"lam": 0.25}, "supervised": {},
-          "finetuned": {}, "unet": {}}
+# method -> what `segmentation` takes, and the settings that differ
+JUDGED = {"prior": ({}, {}), "random": ({}, {}), "videomae": ({}, {}), "vjepa": ({}, {}),
+          "vjepa_ll": ({"lam": 0.25}, {}), "vjepa_ll 0.9": ({"lam": 0.9}, {}),
+          "initial": ({}, {"init": "weights/vjepa-phantom.pt"}),
+          "finetuned": ({}, {}), "supervised": ({}, {}), "unet": ({}, {})}
+FRACTIONS = (10, 20, 50, 100)
 
 
 def judge(data, seeds, only):
     out = RESULTS / f"recipe_judge_{'real' if data else 'phantom'}.csv"
     rows = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["method", "seed", "fraction", "patient", "dsc"])
     for seed in seeds:
-        lab = Judged("tiny", data, seed=seed, **SIZE)
-        for method in only or JUDGED:
-            for fraction in (10, 20, 50, 100):
-                if ((rows.method == method) & (rows.seed == seed) & (rows.fraction == fraction)).any():
+        for name in only or JUDGED:
+            what, changes = JUDGED[name]
+            lab = Judged("tiny", data, seed=seed, **SIZE | changes)
+            for fraction in FRACTIONS:
+                if ((rows.method == name) & (rows.seed == seed) & (rows.fraction == fraction)).any():
                     continue
-                dsc = per_patient(lab, method, fraction, "test", **JUDGED[method])
-                print(f"{method} {fraction} % seed {seed}: {dsc.mean():.3f}", flush=True)
-                new = pd.DataFrame({"method": method, "seed": seed, "fraction": fraction, "patient": dsc.index,
+                dsc = per_patient(lab, name.split()[0], fraction, "test", **what)
+                print(f"{name} {fraction} % seed {seed}: {dsc.mean():.3f}", flush=True)
+                new = pd.DataFrame({"method": name, "seed": seed, "fraction": fraction, "patient": dsc.index,
                                     "dsc": dsc.round(5).to_numpy()})
                 rows = pd.concat([rows, new], ignore_index=True)
                 write_text(out, rows.to_csv(index=False))
+
+
+COMPARED = [(m, "random") for m in ("videomae", "vjepa", "vjepa_ll", "vjepa_ll 0.9", "initial")] + [
+    ("vjepa", "videomae"), ("vjepa_ll", "vjepa"), ("vjepa_ll 0.9", "vjepa"), ("vjepa", "supervised"),
+    ("finetuned", "supervised"), ("supervised", "unet")]
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's step-down correction of p values over one family of tests."""
+    order = p.sort_values().index
+    raw = p[order].to_numpy() * np.arange(len(p), 0, -1)
+    return pd.Series(np.minimum(np.maximum.accumulate(raw), 1), order).reindex(p.index)
+
+
+def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences per patient, after averaging each patient's scores over the seeds that both methods have."""
+    out = []
+    for a, b in COMPARED:
+        for fraction in FRACTIONS:
+            one, two = (rows[(rows.method == m) & (rows.fraction == fraction)].set_index(["patient", "seed"])["dsc"]
+                        for m in (a, b))
+            both = pd.concat([one, two], axis=1, join="inner", keys=["a", "b"])
+            if len(both):
+                mean = both.groupby("patient").mean()
+                out.append({"a": a, "b": b, "% of labels": fraction, "seeds": both.index.unique("seed").size,
+                            **metrics.paired(mean["a"].to_numpy(), mean["b"].to_numpy())})
+    table = pd.DataFrame(out)
+    return table.assign(holm=holm(table.wilcoxon_p)) if len(table) else table
+
+
+def report():
+    parts = []
+    for data in ("phantom", "real"):
+        tuned, judged = RESULTS / f"recipe_tune_{data}.json", RESULTS / f"recipe_judge_{data}.csv"
+        where = {"phantom": "phantom (video)", "real": "real frames (ED/ES only)"}[data]
+        if tuned.exists():
+            t = pd.DataFrame(json.loads(tuned.read_text()))
+            g = t.groupby("name", sort=False)
+            shown = pd.DataFrame({"change": g.words.first(), "seeds": g.size(), "DSC, 10 % of labels": g.dsc.mean(),
+                                  "of each seed": g.dsc.agg(lambda v: " ".join(f"{x:.3f}" for x in v)),
+                                  "JEPA loss / zero": g.jepa.mean() / g.zero.mean(), "rank": g["rank"].mean(),
+                                  "position share": g.position_share.mean()})
+            parts += [f"### Tuning: {where}\n", shown.to_markdown(floatfmt=".3f"), ""]
+        if judged.exists():
+            rows = pd.read_csv(judged)
+            per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
+            cells = per_seed.groupby(["method", "fraction"]).agg(
+                lambda v: f"{v.mean():.3f} ({v.min():.3f}–{v.max():.3f}, {len(v)})").unstack()
+            parts += [f"### Judged once: {where}, {rows.patient.nunique()} patients\n",
+                      "Mean DSC over patients and seeds (lowest and highest seed, seeds), columns: % of labels.\n",
+                      cells.loc[[m for m in JUDGED if m in cells.index]].to_markdown(), ""]
+            table = comparisons(rows)
+            table["95 % interval"] = [f"[{lo:+.3f}, {hi:+.3f}]" for lo, hi in zip(table.low, table.high, strict=True)]
+            parts += ["Paired over patients, seeds averaged first; Wilcoxon, Holm-corrected over this table.\n",
+                      table[["a", "b", "% of labels", "seeds", "difference", "95 % interval", "wilcoxon_p", "holm"]]
+                      .to_markdown(index=False, floatfmt=("", "", "", "", "+.3f", "", ".2g", ".2g")), ""]
+    path = RESULTS / "recipe.md"
+    before, _, rest = path.read_text().partition("<!-- tables -->")
+    after = rest.partition("<!-- /tables -->")[2]
+    write_text(path, f"{before}<!-- tables -->\n\n" + "\n".join(parts) + f"\n<!-- /tables -->{after}")
 
 
 def main():

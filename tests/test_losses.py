@@ -133,6 +133,43 @@ def test_pairs_are_drawn_among_the_masked_tokens_of_each_clip():
     assert m1.max() == masks.target.shape[1] - 1 and not torch.equal(m1[0], m1[1])
 
 
+def padded(*counts, longest=10):
+    """Masks of so many real tokens each, then padding."""
+    index = torch.zeros(len(counts), longest, dtype=torch.int64)
+    valid = torch.arange(longest) < torch.tensor(counts)[:, None]
+    return Masks(index, index, valid, valid)
+
+
+@FAST
+@given(st.lists(st.integers(2, 10), min_size=1, max_size=4), st.integers(1, 60), st.integers(0, 999))
+def test_without_replacement_no_pair_comes_twice_and_no_token_meets_itself(counts, pairs, seed):
+    m1, m2 = sample_pairs(padded(*counts), pairs, generator(seed), replacement=False)
+    assert m1.shape == m2.shape == (len(counts), pairs) and m1.dtype == m2.dtype == torch.int64
+    for a, b, n in zip(m1, m2, counts, strict=True):
+        drawn = list(zip(a.tolist(), b.tolist(), strict=True))
+        assert all(i != j and 0 <= i < n and 0 <= j < n for i, j in drawn)
+        assert len(set(drawn)) == min(pairs, n * (n - 1))  # all different, or all there are
+
+
+def test_without_replacement_every_ordered_pair_is_drawn_as_often():
+    seen, g = torch.zeros(2, 5, 5), generator()
+    for _ in range(3000):
+        m1, m2 = sample_pairs(padded(5, 3), 4, g, replacement=False)
+        for clip in range(2):
+            seen[clip].index_put_((m1[clip], m2[clip]), torch.ones(()), accumulate=True)
+    for clip, n in enumerate((5, 3)):
+        share = seen[clip] / 3000 * n * (n - 1) / 4
+        assert np.allclose(share[:n, :n], 1 - torch.eye(n), atol=0.15)
+        assert not share[n:].any() and not share[:, n:].any()
+
+
+def test_without_replacement_clips_and_seeds_differ_and_the_seed_decides():
+    masks = masking.tube(GRID, 2, generator(), ratio=0.5)
+    first, again, other = (sample_pairs(masks, 30, generator(s), replacement=False) for s in (1, 1, 2))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[0][0], first[0][1])
+
+
 class Zero(torch.nn.Module):
     """A head that always says 'no offset'."""
 
@@ -239,6 +276,34 @@ def test_a_third_of_eq_3_is_eq_3_at_another_weight(lam):
     assert float(ratio) == pytest.approx(lam + (1 - lam) / 3, rel=1e-6)
     if lam == 0.25:
         assert other == 0.5
+
+
+# --- collapse --------------------------------------------------------------------------------------------------------
+
+def spread(z, valid=None):
+    return float(losses.variance_covariance(z, valid))
+
+
+def test_decorrelated_features_of_unit_variance_cost_nothing():
+    x = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * math.sqrt(3 / 4)  # variance 1 over n - 1
+    assert spread(x.view(2, 2, 2)) == pytest.approx(0, abs=1e-9)
+    assert spread(2 * x.view(2, 2, 2) + 5) == pytest.approx(0, abs=1e-9)  # a hinge: more is no worse, nor a mean
+
+
+def test_constant_features_cost_the_whole_hinge():
+    assert spread(torch.full((2, 3, 5), 7.0)) == pytest.approx(1 - math.sqrt(1e-4))
+
+
+def test_variance_and_covariance_by_hand():
+    """Two features with variances 1/4 and 1 and covariance 1/2: hinge (1/2 + 0) / 2, covariance 2 · (1/4) / 2 / 25."""
+    a = torch.tensor([1.0, 1, -1, -1]) * math.sqrt(3 / 4)
+    z = torch.stack([a / 2, a], -1).view(1, 4, 2)
+    assert spread(z) == pytest.approx(0.25 + 0.25 / 25, abs=1e-4)
+
+
+def test_padding_does_not_count_in_the_variance():
+    z, valid = features(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    assert spread(torch.where(valid[..., None], z, torch.nan), valid) == pytest.approx(spread(z[valid][None]))
 
 
 # --- VideoMAE --------------------------------------------------------------------------------------------------------

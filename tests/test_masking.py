@@ -216,6 +216,16 @@ def test_moving_masks_keeps_what_is_not_padded():
     assert {v.device.type for v in vars(moved).values()} == {"meta"}
 
 
+def test_swapped_masks_exchange_context_and_target_with_their_padding():
+    masks = draw("multiblock", (2, 5, 7), 3, 0, "pad", allowed_tokens((2, 5, 7), 3, 0))
+    other = masks.swapped()
+    assert other.context is masks.target and other.target is masks.context
+    assert other.context_valid is masks.target_valid and other.target_valid is masks.context_valid
+    assert vars(other.swapped()) == vars(masks)
+    cut = draw("tube", (2, 5, 7), 3, 0, "random").swapped()
+    assert cut.valid is None and cut.context.shape[1] > cut.target.shape[1]  # 60 % of the places were hidden
+
+
 # --- tube ------------------------------------------------------------------------------------------------------------
 
 @FAST

@@ -396,15 +396,29 @@ def test_generators_of_steps_seeds_and_processes_differ():
 @pytest.mark.parametrize("method", ["vjepa_ll", "videomae", "supervised"])
 def test_weight_decay_falls_on_matrices_alone(lab, method):
     objective = objective_of(lab, method)
-    decayed, free = pretrain.parameter_groups(objective)
+    groups = pretrain.parameter_groups(objective, 0.5)
     names = {id(p): n for n, p in objective.named_parameters()}
-    assert "weight_decay" not in decayed and free["weight_decay"] == 0.0
-    free_names = {names[id(p)] for p in free["params"]}
+    assert all(g["decays"] is ("weight_decay" not in g) and g.get("weight_decay", 0) == 0 for g in groups)
+    assert all(names[id(p)].startswith("encoder.") is (g["lr_scale"] == 0.5) for g in groups for p in g["params"])
+    free_names, decayed = ({names[id(p)] for g in groups if g["decays"] is which for p in g["params"]}
+                           for which in (False, True))
     norms_and_biases = {n for n, p in objective.named_parameters() if p.requires_grad
                         and (n.endswith("bias") or "norm" in n or n == "probe.query")}
     assert free_names == norms_and_biases
-    assert {names[id(p)] for p in decayed["params"]} | free_names == {n for n, p in objective.named_parameters()
-                                                                      if p.requires_grad}
+    assert decayed | free_names == {n for n, p in objective.named_parameters() if p.requires_grad}
+
+
+def test_the_encoder_may_learn_slower_than_the_rest(lab, tmp_path):
+    """Half the rate for the encoder: the first step of AdamW moves every weight by its own rate."""
+    p = lab.profile.replace(steps=4, warmup=0.0, lr=1e-3, lr_end=1e-3, weight_decay=0.0, weight_decay_end=0.0,
+                            encoder_lr=0.5)
+    objective = objective_of(lab, "videomae")
+    before = {n: v.detach().clone() for n, v in objective.named_parameters()}
+    next(pretrain.train(objective, lab.batches(lab.store.rows("train")), p, tmp_path / "c.pt", seed=0,
+                        fabric=Fabric(accelerator="cpu", devices=1)))
+    moved = {n: float((v.detach() - before[n]).abs().max()) for n, v in objective.named_parameters()}
+    assert moved["encoder.norm.weight"] == pytest.approx(5e-4, rel=1e-3)
+    assert moved["decoder.norm.weight"] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_frozen_weights_and_the_target_are_not_optimised(lab):
@@ -593,6 +607,86 @@ def test_eq_4_mixes_the_losses(lab):
     out = objective(grey(lab), pretrain.step_generator(0, 0))
     assert out["ll"] > 0
     torch.testing.assert_close(out["loss"], 0.25 * out["jepa"] + 0.75 * out["ll"])
+
+
+def masked(monkeypatch, objective, clips, zeros=False):
+    """What the objective returns, and the context features and masks that its predictor was given."""
+    calls, real = [], objective.predictor.forward
+
+    def predictor(z, masks, kind):
+        calls.append((z, masks))
+        return real(z, masks, kind) * (not zeros)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective.predictor, "forward", predictor)
+        return objective(clips, pretrain.step_generator(0, 0)), calls
+
+
+def test_short_and_long_range_are_two_kinds_of_masks(lab, monkeypatch):
+    (_, first), (_, second) = masked(monkeypatch, objective_of(lab), grey(lab))[1]
+    assert not torch.equal(first.target[0], second.target[0])
+
+
+@pytest.mark.parametrize("share, places", [(0.5, 8), (0.7, 11)])
+def test_a_tube_mask_is_one_kind_and_hides_the_same_places_at_every_time(lab, monkeypatch, share, places):
+    objective = objective_of(variant(lab, mask="tube", hidden=share, sector_aware=False))
+    (_, masks), = masked(monkeypatch, objective, grey(lab))[1]
+    assert masks.target.shape == (4, 2 * places) and masks.context.shape == (4, 2 * (16 - places))
+    early, late = masks.target.view(4, 2, places).unbind(1)
+    assert torch.equal(early + 16, late) and not torch.equal(early[0], early[1])
+
+
+def test_a_tube_mask_hides_its_share_of_the_sector(lab, monkeypatch):
+    objective, clips = objective_of(variant(lab, mask="tube", hidden=0.5, mask_rule="pad")), grey(lab)
+    (_, masks), = masked(monkeypatch, objective, clips)[1]
+    counts = sector_tokens(clips, (2, 8, 8)).sum(1)
+    assert torch.equal(masks.target_valid.sum(1), counts // 2 // 2 * 2)  # of each frame, then two frames
+    assert torch.equal(masks.context_valid.sum(1), counts - masks.target_valid.sum(1))
+
+
+@pytest.mark.parametrize("rule", ["random", "pad"])
+@pytest.mark.parametrize("ll_on", ["predicted", "context"])
+def test_the_localisation_loss_falls_on_the_tokens_asked_for(lab, ll_on, rule):
+    objective = objective_of(variant(lab, ll_on=ll_on, mask_rule=rule))
+    objective(grey(lab), pretrain.step_generator(0, 0))["ll"].backward()
+
+    def moved(part):
+        return any(q.grad is not None and q.grad.any() for q in part.parameters())
+
+    assert moved(objective.head) and moved(objective.encoder.blocks) and moved(objective.encoder.patch_embed)
+    assert moved(objective.predictor) is (ll_on == "predicted")
+
+
+def test_located_context_tokens_lie_where_they_are_visible(lab, monkeypatch):
+    objective, located = objective_of(variant(lab, ll_on="context", mask_rule="pad")), []
+    real = objectives.losses.l_ll
+    monkeypatch.setattr(objectives.losses, "l_ll", lambda head, e, masks, *rest: located.append((e, masks)) or
+                        real(head, e, masks, *rest))
+    _, calls = masked(monkeypatch, objective, grey(lab))
+    for (z, masks), (e, places) in zip(calls, located, strict=True):
+        assert e is z and torch.equal(places.target, masks.context)
+        assert torch.equal(places.target_valid, masks.context_valid)
+
+
+@pytest.mark.parametrize("rule", ["random", "pad"])
+def test_the_variance_term_is_added_by_its_weight(lab, monkeypatch, rule):
+    objective = objective_of(variant(lab, variance=0.3, mask_rule=rule))
+    out, calls = masked(monkeypatch, objective, grey(lab))
+    spread = sum(objectives.losses.variance_covariance(z, masks.context_valid) for z, masks in calls) / 2
+    assert spread > 0
+    torch.testing.assert_close(out["loss"], 0.25 * out["jepa"] + 0.75 * out["ll"] + 0.3 * spread)
+    without = objective_of(variant(lab, mask_rule=rule))(grey(lab), pretrain.step_generator(0, 0))
+    assert all(torch.equal(out[k], without[k]) for k in ("jepa", "ll", "zero")) and out["loss"] > without["loss"]
+
+
+@pytest.mark.parametrize("rule", ["random", "pad"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_predicting_zero_costs_what_zero_says(lab, monkeypatch, beta, rule):
+    objective = objective_of(variant(lab, beta=beta, mask_rule=rule), "vjepa")
+    out, _ = masked(monkeypatch, objective, grey(lab), zeros=True)
+    torch.testing.assert_close(out["jepa"], out["zero"])
+    other = objective_of(variant(lab, beta=1.0 - beta, mask_rule=rule), "vjepa")
+    assert abs(masked(monkeypatch, other, grey(lab))[0]["zero"] - out["zero"]) > 0.1
 
 
 def test_videomae_hides_tubes_and_predicts_their_pixels(lab):

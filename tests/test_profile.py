@@ -29,8 +29,8 @@ def written(tmp_path):
 
 # --- what is shipped
 
-def test_the_four_profiles_are_shipped():
-    assert SHIPPED == ["paper", "small", "smoke", "tiny"]
+def test_the_five_profiles_are_shipped():
+    assert SHIPPED == ["paper", "small", "smoke", "tiny", "weights"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -126,6 +126,16 @@ def test_a_misspelt_or_mistyped_setting_is_named_with_its_file(written, change, 
     ({"clip_rule": "covre"}, "clip_rule = 'covre' is not possible: choose one of cover, step"),
     ({"mask_rule": "last"}, "mask_rule = 'last' is not possible: choose one of random, first, pad"),
     ({"augmentation": "wild"}, "augmentation = 'wild' is not possible: choose one of none, mild, published"),
+    ({"mask": "blocks"}, "mask = 'blocks' is not possible: choose one of multiblock, tube"),
+    ({"ll_on": "encoder"}, "ll_on = 'encoder' is not possible: choose one of predicted, context"),
+    ({"decoder_positions": "learned"}, "decoder_positions = 'learned' is not possible: choose one of sincos1d, sincos"),
+    ({"hidden": 1.0}, r"hidden = 1.0 is not possible: it must lie in \[0, 1\)"),
+    ({"hidden": 0.0}, "hidden = 0.0 is not possible: it must be positive"),
+    ({"variance": -0.1}, "variance = -0.1 is not possible: it must be positive"),
+    ({"phantom_seed": -1}, "phantom_seed = -1 is not possible: it must be positive"),
+    ({"videomae_steps": 0}, "videomae_steps = 0 is not possible: it must be positive"),
+    ({"videomae_lr": 0.0}, "videomae_lr = 0.0 is not possible: it must be positive"),
+    ({"finetune_lr": 0.0}, "finetune_lr = 0.0 is not possible: it must be positive"),
     ({"precision": "fp16"}, "precision = 'fp16' is not possible: choose one of 32-true"),
     ({"accelerator": "gpu"}, "accelerator = 'gpu' is not possible: choose one of auto, cpu, cuda"),
 ])
@@ -136,10 +146,16 @@ def test_a_setting_out_of_range_is_named_with_the_remedy(written, change, messag
         load("smoke", **change)
 
 
-@pytest.mark.parametrize("name", ["centre", "beta", "ema", "warmup", "lr_end", "weight_decay", "weight_decay_end",
-                                  "probe_min_steps"])
+@pytest.mark.parametrize("name", ["phantom_seed", "centre", "beta", "variance", "ema", "warmup", "lr_end",
+                                  "weight_decay", "weight_decay_end", "probe_min_steps"])
 def test_what_may_be_zero_may(name):
     assert getattr(load("smoke", **{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize("name, values", [("mask", ("multiblock", "tube")), ("ll_on", ("predicted", "context")),
+                                          ("decoder_positions", ("sincos1d", "sincos3d"))])
+def test_what_there_is_to_choose_may_be_chosen(name, values):
+    assert tuple(getattr(load("smoke", **{name: value}), name) for value in values) == values
 
 
 @pytest.mark.parametrize("name", list(SMOKE))
@@ -175,7 +191,8 @@ def test_no_content_of_a_file_raises_anything_else(tmp_path_factory, content):
 
 
 def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(ProfileError, match=r"big.yaml: no such profile; choose one of paper, small, smoke, tiny, or"):
+    with pytest.raises(ProfileError, match="big.yaml: no such profile; choose one of paper, small, smoke, tiny, "
+                       "weights, or"):
         load("big")
     with pytest.raises(ProfileError, match=r"no such profile"):
         load(str(Path("nowhere") / "own.yaml"))
@@ -190,3 +207,8 @@ def test_overrides_are_checked_like_the_file():
         load("smoke").replace(stpes=3, a=1)
     with pytest.raises(ProfileError, match=r"steps = 0 is not possible"):
         load("smoke").replace(steps=0)
+
+
+def test_v_jepa_cannot_start_from_a_videomae_that_counts_its_tokens():
+    with pytest.raises(ProfileError, match="init = 'videomae' is not possible: .*decoder_positions to sincos3d"):
+        load("smoke", init="videomae", decoder_positions="sincos1d")

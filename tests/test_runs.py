@@ -92,7 +92,7 @@ def test_clips_are_cut_by_the_profiles_rule(lab):
     assert (stepped[0] == lab.store.frames(1)[[0, 3, 6, 9]]).all()
 
 
-@pytest.mark.parametrize("augmentation", ["none", "mild", "published"])
+@pytest.mark.parametrize("augmentation", ["none", "mild", "initial"])
 def test_batches_depend_on_the_generator_alone(lab, augmentation):
     batch = with_settings(lab, augmentation=augmentation).batches(lab.store.rows("train"))
     first, second, third = (batch(pretrain.step_generator(0, step), 5) for step in (0, 0, 1))
@@ -258,19 +258,22 @@ def test_the_probe_learns_from_training_and_chooses_by_validation(mine, monkeypa
 
 # --- runs: what a folder is named after
 
-CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frames": 8, "clip_rule": "step", "frame_step": 2, "tubelet": 1,
-           "patch": 16, "width": 64, "depth": 3, "heads": 4, "predictor_width": 64, "predictor_depth": 2,
-           "predictor_heads": 1, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "decoder_positions": "sincos1d", "init": "a.pt",
-           "init_videomae": "a.pt", "mask": "tube", "hidden": 0.6, "short_range": (7, 0.15), "long_range": (2, 0.6), "tube_ratio": 0.8,
+CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frames": 8, "clip_rule": "step",
+           "frame_step": 2, "tubelet": 1, "patch": 16, "width": 64, "depth": 3, "heads": 4,
+           "predictor_width": 64, "predictor_depth": 2,
+           "predictor_heads": 1, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1,
+           "decoder_positions": "sincos1d", "init": "a.pt", "init_videomae": "a.pt", "mask": "tube", "hidden": 0.6,
+           "short_range": (7, 0.15), "long_range": (2, 0.6), "tube_ratio": 0.8,
            "mask_rule": "first", "sector_aware": False, "target_layers": 1, "centre": 0.0, "beta": 0.5, "variance": 0.1,
            "pairs": 99, "ll_on": "context",
-           "augmentation": "none", "batch": 2, "steps": 7, "warmup": 0.2, "lr": 0.5, "lr_end": 0.1, "weight_decay": 0.1,
+           "augmentation": "none", "batch": 2, "steps": 7, "warmup": 0.2, "lr": 0.5, "encoder_lr": 0.5,
+           "lr_end": 0.1, "weight_decay": 0.1,
            "weight_decay_end": 0.1, "beta2": 0.9, "clip": 2.0, "ema": 0.5, "videomae_steps": 7,
            "videomae_lr": 0.5, "precision": "bf16-mixed"}
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
-             "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5, "fractions": (50,), "lams": (0.5,), "freezes": (0,),
-             "accelerator": "cpu", "devices": 2, "log_every": 1}
+             "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5, "fractions": (50,),
+             "lams": (0.5,), "freezes": (0,), "accelerator": "cpu", "devices": 2, "log_every": 1}
 
 
 def test_every_setting_is_either_of_training_or_not():
@@ -287,13 +290,6 @@ def test_a_setting_of_training_makes_another_folder(lab, name):
     for method, changes in concerned.items():
         lam = 0.25 if method == "vjepa_ll" else 1.0
         assert (other.folder(other.spec(method, lam)) != lab.folder(lab.spec(method, lam))) is changes, method
-
-
-def test_a_v_jepa_that_starts_from_videomae_depends_on_it(lab):
-    mine = with_settings(lab, init="videomae")
-    for name in (*methods.OF_VIDEOMAE, "videomae_steps", "videomae_lr"):
-        other = with_settings(lab, init="videomae", **{name: CHANGED[name]})
-        assert other.folder(other.spec("vjepa")) != mine.folder(mine.spec("vjepa")), name
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
@@ -324,7 +320,7 @@ def test_a_whole_number_names_the_same_run(lab):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("vjepaa",), "method 'vjepaa' has no encoder: choose one of random, published, videomae, vjepa, vjepa_ll, "
+    (("vjepaa",), "method 'vjepaa' has no encoder: choose one of random, initial, videomae, vjepa, vjepa_ll, "
                   "finetuned, supervised, unet"),
     (("prior",), r"method 'prior' has no encoder"),
     (("vjepa", 0.25), r"lam = 0.25 is not possible for 'vjepa': 0…1 for vjepa_ll, 1 for all others"),
@@ -560,6 +556,32 @@ def test_the_supervised_control_sees_the_labels_of_its_share_alone(mine, monkeyp
     monkeypatch.setattr(Lab, "labelled", labelled)
     mine.encoder("supervised", fraction=10)
     assert given_rows == [10]
+
+
+@pytest.mark.parametrize("method, options", [("unet", {}), ("finetuned", {}),
+                                             ("finetuned", {"lam": 0.25, "freeze": 1})])
+def test_end_to_end_methods_segment_once_and_are_loaded_then(mine, monkeypatch, method, options):
+    monkeypatch.setattr(probe, "fit", forbidden)
+    first = segmentation(mine, method, 10, **options)
+    run = mine.encoder(method, fraction=10, **options)
+    assert len(run.history) == mine.profile.supervised_steps and "-10pc-" in run.folder.name
+    assert ("std" in run.history) is (method != "unet") and (run.encoder is None) is (method == "unet")
+    assert first.best.shape == (8, 4, 32, 32) and first.best.dtype == np.uint8 and (first.best == first.last).all()
+    with torch.no_grad():
+        want = run.objective.logits(torch.from_numpy(mine.clips(first.rows)[0]).float()).argmax(1)
+    assert (want.numpy() == first.best).all() and set(first.scores["method"]) == {run.label}
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "segment", forbidden)
+        assert (segmentation(again(mine), method, 10, **options).best == first.best).all()
+    monkeypatch.setattr(pretrain, "train", forbidden)
+    second = again(mine).encoder(method, fraction=10, **options).objective
+    assert not second.training
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in run.objective.state_dict().items())
+
+
+def test_two_processes_train_with_tube_masks_too(mine):
+    several = with_settings(mine, devices=2, accelerator="cpu", steps=2, mask="tube", ll_on="context", variance=0.1)
+    assert several.encoder("vjepa_ll", 0.25).history["step"].tolist() == [1, 2]
 
 
 def test_damaged_features_are_named(mine):

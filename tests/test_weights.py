@@ -139,6 +139,23 @@ def test_our_own_layout_loads(save):
     assert same(model, encoder(1)) and same(d, decoder(2))
 
 
+def test_the_parts_of_a_file_are_named(save):
+    assert {"encoder", "target_encoder", "predictor"} <= weights.parts(save(published_vjepa()))
+    assert weights.parts(save({"target_encoder": wrapped(encoder(2))})) == {"target_encoder"}
+    assert weights.parts(save({"target_encoder": {"predictor.weight": torch.zeros(1)}})) == {"target_encoder"}
+    for prefix in ("", "module."):
+        inner = {prefix + k: v for k, v in published_videomae()["model"].items()}
+        assert {"encoder", "decoder"} <= weights.parts(save({"model": inner}))
+        alone = {k: v for k, v in inner.items() if k.startswith(prefix + "encoder.")}
+        assert weights.parts(save({"model": alone})) == {"model", "encoder"}
+    assert weights.parts(save({"model": torch.zeros(3)})) == {"model"}
+
+
+def test_parts_of_a_file_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match=r"none.pt: no such checkpoint"):
+        weights.parts(tmp_path / "none.pt")
+
+
 def test_loaded_weights_are_those_that_compute(save):
     model, clips = encoder(7), torch.randn(1, 3, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     weights.load(save(published_vjepa()), model)

@@ -44,11 +44,16 @@ def sample_pairs(masks: Masks, pairs: int, generator: Generator, replacement: bo
 
     Drawn with replacement unless told otherwise (the paper does not say); padding is never drawn. Without it, no
     ordered pair comes twice and no token meets itself, as long as a clip has that many pairs.
+
+    Raises:
+        ValueError: without replacement, a clip has one token.
     """
     B, K = masks.target.shape
     count = torch.full((B,), K) if masks.target_valid is None else masks.target_valid.sum(1).cpu()
     if replacement:
         draw = (torch.rand(2, B, pairs, generator=generator) * count.view(-1, 1)).long()
+    elif count.min() < 2:
+        raise ValueError("a clip has one masked token, which makes no pair: draw with replacement, or hide more")
     else:  # number the ordered pairs of different tokens 0…n(n-1)-1 and take the first of a random order
         order = [torch.randperm(int(n * (n - 1)), generator=generator) for n in count]
         number = torch.stack([o.repeat(-(-pairs // len(o)))[:pairs] for o in order])

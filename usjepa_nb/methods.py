@@ -13,10 +13,10 @@ from usjepa_nb import objectives, weights
 from usjepa_nb.controls import Supervised, UNet
 from usjepa_nb.profile import ROOT
 
-METHODS = {"prior": "shape prior", "random": "frozen random encoder", "published": "published weights, not adapted",
+METHODS = {"prior": "shape prior", "random": "frozen random encoder", "initial": "initial weights, not adapted",
            "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL", "finetuned": "fine-tuned",
            "supervised": "supervised, end to end", "unet": "U-Net, end to end"}
-UNTRAINED = ("random", "published")
+UNTRAINED = ("random", "initial")
 END_TO_END = ("supervised", "finetuned", "unet")  # they learn from labels and bring their own decoder
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
@@ -24,7 +24,7 @@ NEVER = ("name", "fractions", "lams", "freezes", "accelerator", "devices", "log_
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",
-            "long_range", "target_layers", "centre", "beta", "variance", "pairs", "ll_on", "ema")
+            "long_range", "target_layers", "centre", "beta", "variance", "pairs", "ll_on", "ema", "encoder_lr")
 OF_VIDEOMAE = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_positions", "init_videomae", "tube_ratio")
 OF_LL = ("pairs", "ll_on")
 
@@ -45,14 +45,15 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
         raise ValueError(f"freeze = {freeze} is not possible for {method!r}: only V-JEPA freezes blocks, choose 0")
     p = lab.profile
     leave = NEVER + {"videomae": OF_VJEPA, "vjepa": OF_VIDEOMAE + OF_LL, "vjepa_ll": OF_VIDEOMAE,
-                     "finetuned": OF_VIDEOMAE, "published": OF_VIDEOMAE + OF_LL}.get(method, OF_VJEPA + OF_VIDEOMAE)
+                     "finetuned": OF_VIDEOMAE, "initial": OF_VIDEOMAE + OF_LL}.get(method, OF_VJEPA + OF_VIDEOMAE)
     settings = {k: v for k, v in dataclasses.asdict(p).items() if k not in leave}
     if method == "videomae":
         settings |= {"steps": p.videomae_steps, "lr": p.videomae_lr}
-    if method in ADAPTED + ("published",) and p.init == "videomae":
-        settings["videomae"] = describe(lab, "videomae")["settings"]
+    if method in ADAPTED + ("initial",) and p.init == "videomae":
+        settings["videomae"] = {k: describe(lab, "videomae")[k] for k in ("settings", "init")}
     if method == "finetuned":
-        settings["base"] = {"steps": p.steps, "lr": p.lr}
+        settings["base"] = {"steps": p.steps, "lr": p.lr, "encoder_lr": p.encoder_lr}
+        settings["encoder_lr"] = 1.0
     if method in END_TO_END:  # their decoder is trained with them
         settings |= {"steps": p.supervised_steps, "probe_width": p.probe_width,
                      "lr": p.finetune_lr if method == "finetuned" else p.supervised_lr}
@@ -78,7 +79,7 @@ def build(lab, spec: dict) -> nn.Module:
     p, method = lab.profile, spec["method"]
     if method == "finetuned":
         base = lab.encoder("vjepa_ll" if spec["lam"] < 1 else "vjepa", spec["lam"], spec["freeze"]).encoder
-    elif p.init == "videomae" and method in ("published", "vjepa", "vjepa_ll"):
+    elif p.init == "videomae" and method in ("initial", "vjepa", "vjepa_ll"):
         base = lab.encoder("videomae").encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec["seed"])
@@ -110,7 +111,9 @@ def fill(objective: nn.Module, init: str, **parts: nn.Module) -> nn.Module:
         there = weights.parts(ROOT / init)
         for name in parts.keys() - there:
             print(f"{init}: holds no {name}, which starts at random")
-        print(*weights.load(ROOT / init, objective.encoder, **{k: v for k, v in parts.items() if k in there}), sep="\n")
+        part = "target_encoder" if isinstance(objective, objectives.VJEPA) else "encoder"
+        known = {k: v for k, v in parts.items() if k in there}
+        print(*weights.load(ROOT / init, objective.encoder, part=part, **known), sep="\n")
         if isinstance(objective, objectives.VJEPA):
             objective.target_encoder.load_state_dict(objective.encoder.state_dict())
     return objective

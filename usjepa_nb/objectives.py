@@ -105,7 +105,8 @@ class VJEPA(nn.Module):
                 ll = ll + losses.l_ll(self.head, *located, self.grid, self.p.pairs, generator) / len(kinds)
             if self.p.variance:
                 spread = spread + losses.variance_covariance(z, masks.context_valid) / len(kinds)
-        return {"loss": losses.combined(jepa, ll, self.lam) + self.p.variance * spread, "jepa": jepa, "ll": ll,
+        unused = 0 * sum(token.sum() for token in self.predictor.mask_tokens[len(kinds):])  # DDP wants every gradient
+        return {"loss": losses.combined(jepa, ll, self.lam) + self.p.variance * spread + unused, "jepa": jepa, "ll": ll,
                 "zero": zero}
 
     def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:

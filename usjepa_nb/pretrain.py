@@ -30,11 +30,15 @@ def step_generator(seed: int, step: int, rank: int = 0) -> Generator:
     return Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """No weight decay on biases and other 1-D parameters."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.ndim > 1]},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+def parameter_groups(module: nn.Module, encoder_lr: float = 1.0) -> list[dict]:
+    """No weight decay on biases and other 1-D parameters; `lr_scale` of the encoder's (timm's schedulers read it)."""
+    groups = []
+    for scale, mine in ((encoder_lr, True), (1.0, False)):
+        params = [p for name, p in module.named_parameters() if p.requires_grad and name.startswith("encoder.") is mine]
+        groups += [{"params": [p for p in params if p.ndim > 1], "lr_scale": scale, "decays": True},
+                   {"params": [p for p in params if p.ndim <= 1], "lr_scale": scale, "decays": False,
+                    "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
 
 
 @torch.no_grad()
@@ -69,7 +73,7 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         Diverged: loss or gradients not finite.
         OSError: a checkpoint cannot be written.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(objective), lr=p.lr, betas=(0.9, p.beta2),
+    optimizer = torch.optim.AdamW(parameter_groups(objective, p.encoder_lr), lr=p.lr, betas=(0.9, p.beta2),
                                   weight_decay=p.weight_decay)
     warmup = round(p.warmup * p.steps)  # warmup_prefix: the cosine begins where the warm-up ends: the peak is reached
     schedule = CosineLRScheduler(optimizer, t_initial=p.steps - warmup, lr_min=p.lr_end, warmup_t=warmup,
@@ -82,12 +86,14 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         generator = step_generator(seed, step, fabric.global_rank)
         schedule.step_update(step)
         share = (1 + math.cos(math.pi * step / p.steps)) / 2  # from 1 to 0
-        optimizer.param_groups[0]["weight_decay"] = p.weight_decay_end + (p.weight_decay - p.weight_decay_end) * share
+        for group in optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = p.weight_decay_end + (p.weight_decay - p.weight_decay_end) * share
         batch = fabric.to_device(batches(generator, p.batch // fabric.world_size))
         out = model(batch, generator)
         fabric.backward(out["loss"])
         norm = fabric.clip_gradients(model, optimizer, max_norm=p.clip, error_if_nonfinite=False)
-        row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)} | \
+        row = {"step": step + 1, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": float(norm)} | \
               {k: float(v.detach()) for k, v in out.items()}
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             kept = f"The last good checkpoint is {path}" if path.exists() else "No checkpoint had been written yet"

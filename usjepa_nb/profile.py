@@ -69,6 +69,7 @@ class Profile:
     steps: int
     warmup: float
     lr: float
+    encoder_lr: float
     lr_end: float
     weight_decay: float
     weight_decay_end: float
@@ -125,6 +126,8 @@ class Profile:
         for key in ("centre", "warmup", "ema", "hidden", "tube_ratio", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 self.refuse(key, "it must lie in [0, 1)")
+        if self.init == "videomae" and self.decoder_positions != "sincos3d":
+            self.refuse("init", "V-JEPA's positions are (t, y, x): set decoder_positions to sincos3d for VideoMAE too")
         if not 1 <= self.target_layers <= self.depth:
             self.refuse("target_layers", f"it must lie in 1…depth ({self.depth})")
         for key, low, high in (("fractions", 1, 100), ("lams", 0, 1), ("freezes", 0, self.depth)):

@@ -115,7 +115,8 @@ class Lab(Dataset):
     def train(self, spec: dict, folder: Path, objective: torch.nn.Module) -> Iterator[Run]:
         """Run the loop, from the checkpoint if there is one, and leave checkpoint.pt, history.csv and run.json."""
         checkpoint = folder / "checkpoint.pt"
-        p = self.profile.replace(steps=spec["settings"]["steps"], lr=spec["settings"]["lr"])
+        p = self.profile.replace(steps=spec["settings"]["steps"], lr=spec["settings"]["lr"],
+                                 encoder_lr=spec["settings"].get("encoder_lr", 1.0))
         print(f"{label(spec)}: " + ("goes on where it stopped" if checkpoint.exists() else "not on disk, training now"),
               f"[{folder.name}]")
         if p.accelerator == "cuda" and not torch.cuda.is_available():

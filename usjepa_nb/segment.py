@@ -41,6 +41,8 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
         method: a key of `methods.METHODS`. "prior" looks at no image, `methods.END_TO_END` need no probe.
         online: probe V-JEPA's online encoder instead of its EMA target.
     """
+    if online and method not in ("vjepa", "vjepa_ll"):
+        raise ValueError(f"online = True is not possible for {method!r}: only V-JEPA has two encoders")
     rows = np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
     if method == "prior":
         begun, guess = time.time(), shape_prior(lab, rows, fraction)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
+from usjepa_nb.methods import END_TO_END
 from usjepa_nb.metrics import SCORES
 from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
@@ -20,8 +21,9 @@ PACKAGES = ("usjepa-nb", "torch", "timm", "lightning-fabric", "numpy", "scipy", 
 def methods(lab: Lab) -> list[dict]:
     """The rows of the table: controls first, then what is pre-trained. λ is the profile's best in the paper, 0.25."""
     lam = min(lab.profile.lams, key=lambda v: abs(v - 0.25))
-    return [{"method": "prior"}, {"method": "random"}, {"method": "supervised"}, {"method": "videomae"},
-            {"method": "vjepa"}, {"method": "vjepa_ll", "lam": lam}]
+    first = [] if lab.profile.init == "random" else [{"method": "initial"}]
+    return [{"method": "prior"}, {"method": "random"}, *first, {"method": "supervised"}, {"method": "unet"},
+            {"method": "videomae"}, {"method": "vjepa"}, {"method": "vjepa_ll", "lam": lam}, {"method": "finetuned"}]
 
 
 def row(lab: Lab, what: dict, fraction: int, split: str = "test", which: str = "best") -> dict:
@@ -50,7 +52,7 @@ def write(lab: Lab) -> pd.DataFrame:
     stages = {f"train {r['method']} lam{r['lam']:g} f{r['freeze']}" + (f" {r['fraction']}%" if r["fraction"] else ""):
               r["seconds"] for folder, r in trained.items()  # not those of other data, seeds or settings
               if folder == lab.folder(lab.spec(r["method"], r["lam"], r["freeze"], r["fraction"] or 100))}
-    stages |= {f"probe {r.key} {r.fraction}%": r.seconds for r in rows.itertuples() if r.key != "supervised"}
+    stages |= {f"probe {r.key} {r.fraction}%": r.seconds for r in rows.itertuples() if r.key not in END_TO_END}
     content = {"profile": lab.profile.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
                "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note, "seed": lab.seed,
                "machine": f"{platform.machine()}, Python {platform.python_version()}",

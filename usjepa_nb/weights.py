@@ -153,7 +153,10 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
         found = [(module, tensors(file, name, path) if module else {}, name) for module, name in
                  ((encoder, part), (predictor, "predictor"), (decoder, "decoder"))]
         others = sorted(map(str, file.keys() - {name for module, _, name in found if module}))
-    positions = "sincos1d" if {"model", "decoder"} & file.keys() else "sincos3d"  # VideoMAE's files hold no table
+    positions = "sincos1d" if {"model", "decoder"} & file.keys() else "sincos3d"  # published files hold no table
+    positions = file.get("positions", positions)  # ours name it
+    if positions not in POSITIONS:
+        raise WeightsError(f"{path}: names its positions {positions!r}; {' and '.join(POSITIONS)} are known")
     table = POSITIONS[positions](encoder.grid, encoder.width)
     if not torch.allclose(encoder.pos_embed.float().cpu(), table, atol=1e-2):
         raise WeightsError(f"{path}: was trained with {positions} positions, which this encoder does not have; "
