@@ -1,8 +1,8 @@
 """What makes V-JEPA work at teaching scale, and whether it then beats its controls. Tables: `results/recipe.md`.
 
-    python benchmarks/recipe.py tune  [--data CAMUS] [--seeds 0 1 2] [--only NAME ...]   one change at a time, inner fold
-    python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4]                     the frozen recipe, once
-    python benchmarks/recipe.py report                                               results/recipe.md
+    python benchmarks/recipe.py tune  [--data CAMUS] [--seeds 0 1 2] [--only NAME ...]  one change at a time
+    python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4]                the frozen recipe, once
+    python benchmarks/recipe.py report                                                  results/recipe.md
 
 Tuning sees training patients only: a fifth of them is held out as an inner fold. Judging trains on the training
 patients, chooses the probe's step on patients drawn from them, and scores the phantom's test patients or CAMUS's
@@ -21,11 +21,12 @@ from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "steps": 600, "lr": 5e-4,
-        "log_every": 300, "init": "videomae", "init_videomae": "random"}
+SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "videomae_lr": 1e-3,
+        "steps": 600, "lr": 1e-3, "encoder_lr": 0.2, "log_every": 300, "init": "videomae", "init_videomae": "random"}
 
 # name -> (what changes against the recipe, in words; method; its settings)
-SCRATCH = {"init": "random", "steps": 1500, "lr": 1e-3}
+SCRATCH = {"init": "random", "steps": 1500, "encoder_lr": 1.0}
+UNIFORM = {"lr": 5e-4, "encoder_lr": 1.0}
 VARIANTS = {
     "random": ("frozen random encoder", "random", {}),
     "videomae": ("VideoMAE alone, positions (t, y, x)", "videomae", {}),
@@ -41,18 +42,18 @@ VARIANTS = {
     "hidden-85": ("masks: 85 % hidden", "vjepa", {"hidden": 0.85}),
     "all-tokens": ("tokens outside the sector kept", "vjepa", {"sector_aware": False}),
     "ema-998": ("EMA from 0.998, as published", "vjepa", {"ema": 0.998}),
-    "frozen-teacher": ("EMA off: the target stays the first weights; online encoder probed", "vjepa",
+    "frozen-teacher": ("EMA off: the target stays the initial weights; online encoder probed", "vjepa",
                        {"ema": 0.999999, "online": True}),
-    "encoder-0.2": ("twice the learning rate, a fifth of it for the encoder", "vjepa", {"lr": 1e-3, "encoder_lr": 0.2}),
-    "encoder-0.05": ("twice the learning rate, a twentieth of it for the encoder", "vjepa",
-                     {"lr": 1e-3, "encoder_lr": 0.05}),
-    "encoder-0.2-1200": ("the same, a fifth for the encoder, 1200 steps", "vjepa",
-                         {"lr": 1e-3, "encoder_lr": 0.2, "steps": 1200}),
-    "lr-fifth": ("a fifth of the learning rate", "vjepa", {"lr": 1e-4}),
-    "lr-fifth-1200": ("a fifth of the learning rate, twice the steps", "vjepa", {"lr": 1e-4, "steps": 1200}),
-    "lr-fifth-ema-998": ("a fifth of the learning rate, EMA from 0.998", "vjepa", {"lr": 1e-4, "ema": 0.998}),
-    "lr-half": ("half the learning rate", "vjepa", {"lr": 2.5e-4}),
-    "lr-double": ("twice the learning rate", "vjepa", {"lr": 1e-3}),
+    "encoder-0.05": ("encoder: a twentieth of the learning rate", "vjepa", {"encoder_lr": 0.05}),
+    "encoder-1": ("encoder: the same learning rate as the predictor", "vjepa", {"encoder_lr": 1.0}),
+    "uniform-5e-4": ("one learning rate for all, 5e-4", "vjepa", UNIFORM),
+    "uniform-1e-4": ("one learning rate for all, 1e-4", "vjepa", UNIFORM | {"lr": 1e-4}),
+    "uniform-ema-998": ("one learning rate, 5e-4; EMA from 0.998", "vjepa", UNIFORM | {"ema": 0.998}),
+    "uniform-frozen-teacher": ("one learning rate, 5e-4; EMA off, online encoder probed", "vjepa",
+                               UNIFORM | {"ema": 0.999999, "online": True}),
+    "uniform-ll-0.25": ("one learning rate, 5e-4; LL as in the paper, λ 0.25", "vjepa_ll", UNIFORM | {"lam": 0.25}),
+    "lr-half": ("half the learning rate", "vjepa", {"lr": 5e-4}),
+    "lr-double": ("twice the learning rate", "vjepa", {"lr": 2e-3}),
     "batch-4": ("batch of 4, four times the steps", "vjepa", {"batch": 4, "steps": 2400}),
     "steps-300": ("half the steps", "vjepa", {"steps": 300}),
     "steps-1200": ("twice the steps", "vjepa", {"steps": 1200}),

@@ -191,7 +191,7 @@ def test_no_content_of_a_file_raises_anything_else(tmp_path_factory, content):
 
 
 def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(ProfileError, match="big.yaml: no such profile; choose one of paper, small, smoke, tiny, "
+    with pytest.raises(ProfileError, match=r"big.yaml: no such profile; choose one of paper, small, smoke, tiny, "
                        "weights, or"):
         load("big")
     with pytest.raises(ProfileError, match=r"no such profile"):
@@ -210,5 +210,5 @@ def test_overrides_are_checked_like_the_file():
 
 
 def test_v_jepa_cannot_start_from_a_videomae_that_counts_its_tokens():
-    with pytest.raises(ProfileError, match="init = 'videomae' is not possible: .*decoder_positions to sincos3d"):
+    with pytest.raises(ProfileError, match=r"init = 'videomae' is not possible: .*decoder_positions to sincos3d"):
         load("smoke", init="videomae", decoder_positions="sincos1d")
