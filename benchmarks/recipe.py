@@ -21,7 +21,7 @@ from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SIZE = {"patients": 240, "phantom_seed": 1000, "batch": 16, "videomae_steps": 3000, "videomae_lr": 1e-3,
+SIZE = {"patients": 240, "phantom_seed": 2000, "batch": 16, "videomae_steps": 3000, "videomae_lr": 1e-3,
         "steps": 600, "lr": 1e-3, "encoder_lr": 0.2, "log_every": 300, "init": "videomae", "init_videomae": "random"}
 
 # name -> (what changes against the recipe, in words; method; its settings)
@@ -72,6 +72,10 @@ VARIANTS = {
     "ll-context-0.25": ("LL on visible encoder tokens, λ 0.25", "vjepa_ll", {"lam": 0.25, "ll_on": "context"}),
     "ll-context-0.9": ("LL on visible encoder tokens, λ 0.9", "vjepa_ll", {"lam": 0.9, "ll_on": "context"}),
 }
+# Does LL protect good weights that are adapted to few clips? A tenth of the clips, λ × frozen blocks of 4.
+VARIANTS |= {f"few-{lam:g}-{freeze}": (f"adapted to a tenth of the clips, λ {lam:g}, {freeze} of 4 blocks frozen",
+                                       "vjepa" if lam == 1 else "vjepa_ll", {"lam": lam, "freeze": freeze, "clips": 10})
+             for lam in (1.0, 0.9, 0.25) for freeze in (0, 2, 3)}
 
 
 def assign(store, split):
@@ -95,6 +99,25 @@ class InnerFold(Lab):
 
     def spec(self, *args, **options):
         return super().spec(*args, **options) | {"part": "inner fold"}
+
+
+class FewClips(InnerFold):
+    """An inner fold whose V-JEPA sees the clips of a tenth of the patients alone."""
+
+    def batches(self, rows):
+        return super().batches(self.labelled(10))
+
+    def spec(self, method, *args, **options):
+        spec = super().spec(method, *args, **options)
+        return spec | {"clips": 10} if method in ("vjepa", "vjepa_ll") else spec
+
+    def encoder(self, method, *args, **options):
+        if method == "videomae":  # the good weights saw them all
+            self.batches = super().batches
+        try:
+            return super().encoder(method, *args, **options)
+        finally:
+            self.__dict__.pop("batches", None)
 
 
 class Judged(Lab):
@@ -126,7 +149,8 @@ def tune(data, seeds, only):
                 continue
             words, method, changes = VARIANTS[name]
             what = {k: v for k, v in changes.items() if k in ("lam", "freeze", "online")}
-            lab = InnerFold("tiny", data, seed=seed, **SIZE | {k: v for k, v in changes.items() if k not in what})
+            settings = SIZE | {k: v for k, v in changes.items() if k not in (*what, "clips")}
+            lab = (FewClips if "clips" in changes else InnerFold)("tiny", data, seed=seed, **settings)
             run = lab.encoder(method, what.get("lam", 1.0), what.get("freeze", 0))
             dsc = per_patient(lab, method, 10, "val", **what)
             end = run.history.dropna().iloc[-1] if len(run.history) else {}
