@@ -30,6 +30,8 @@ def needs(wildcards):
         return []
     if name == "01_camus_to_hdf5":  # 00 makes the data
         return OUT + "/00_start_here.ipynb"
+    if name.endswith("--finetuned"):  # starts from V-JEPA
+        return expand(OUT + "/{n}.ipynb", n=[n for n in ABLATION if n.endswith("--lam1-f0")] or "01_camus_to_hdf5")
     if name.startswith("04_"):
         return expand(OUT + "/{n}.ipynb", n=["03_vjepa_localisation", *ABLATION])
     if name == "05_probe_segmentation":

@@ -148,13 +148,13 @@ def test_pairs_of_training_are_drawn_as_asked_and_those_of_scoring_always_alike(
     asked, real = [], losses.sample_pairs
 
     def sample_pairs(masks, pairs, generator, replacement=True):
-        asked.append((masks is train.masks, replacement))
+        asked.append((masks is test.masks, replacement))
         return real(masks, pairs, generator, replacement)
 
     monkeypatch.setattr(losses, "sample_pairs", sample_pairs)
     train, test = positions(0), positions(1)
     offset_error(train, test, ROOM, 0, steps=2, replacement=False)
-    assert asked == [(True, False), (True, False), (False, True)]
+    assert asked == [(False, False), (False, False), (True, True)]
 
 
 def test_answering_zero_is_the_mean_offset_in_tokens():

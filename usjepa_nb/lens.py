@@ -52,11 +52,13 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
     return Tokens(objective.predictor(z * (source == "predicted"), masks), masks)
 
 
-def offset_error(train: Tokens, test: Tokens, objective: VJEPA, seed: int, *, steps: int = 300, shuffled: bool = False,
-                 replacement: bool = True, head: losses.LocalisationHead | None = None) -> Tensor:
+def offset_error(train: Tokens, test: Tokens, objective: VJEPA, seed: int, *, steps: int = 200, batch: int = 16,
+                 shuffled: bool = False, replacement: bool = True,
+                 head: losses.LocalisationHead | None = None) -> Tensor:
     """Mean absolute error of predicted offsets along (t, y, x), in tokens -> [3].
 
     Args:
+        steps, batch: of the head's training; `batch` clips a step.
         shuffled: train on the offsets of other pairs; a head that then still does well has found a leak.
         replacement: of the pairs of one clip, in training.
         head: score this head as it is, instead of training one.
@@ -69,10 +71,12 @@ def offset_error(train: Tokens, test: Tokens, objective: VJEPA, seed: int, *, st
         optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            m1, m2 = losses.sample_pairs(train.masks, pairs, generator, replacement)
-            truth = losses.delta(train.masks.target.gather(1, m1), train.masks.target.gather(1, m2), grid)
+            some = torch.randperm(len(train.values), generator=generator)[:batch]
+            values, masks = train.values[some], train.masks.take(some)
+            m1, m2 = losses.sample_pairs(masks, pairs, generator, replacement)
+            truth = losses.delta(masks.target.gather(1, m1), masks.target.gather(1, m2), grid)
             truth = truth[:, torch.randperm(truth.shape[1], generator=generator)] if shuffled else truth
-            loss = (head(gather(train.values, m1), gather(train.values, m2)) - truth).square().sum(-1).mean()
+            loss = (head(gather(values, m1), gather(values, m2)) - truth).square().sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

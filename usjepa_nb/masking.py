@@ -40,6 +40,10 @@ class Masks:
         """Context and target exchanged."""
         return Masks(self.target, self.context, self.target_valid, self.context_valid)
 
+    def take(self, clips: Tensor) -> Masks:
+        """Those of some clips, int64 [b]."""
+        return Masks(*(v if v is None else v[clips] for v in vars(self).values()))
+
     def to(self, device) -> Masks:
         return Masks(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
 
