@@ -20,7 +20,7 @@ WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_loc
 ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze} -p deep False"
             for freeze in lab.profile.freezes for lam in lab.profile.lams if (lam, freeze) != (0.25, 0)}
 GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}"
-                   for m in ("videomae", "supervised", "unet", "finetuned")}
+                   for m in ("videomae", *lab.profile.end_to_end)}
 
 
 def needs(wildcards):
@@ -34,10 +34,8 @@ def needs(wildcards):
         return expand(OUT + "/{n}.ipynb", n=[n for n in ABLATION if n.endswith("--lam1-f0")] or "01_camus_to_hdf5")
     if name.startswith("04_"):
         return expand(OUT + "/{n}.ipynb", n=["03_vjepa_localisation", *ABLATION])
-    if name == "05_probe_segmentation":
+    if name in ("05_probe_segmentation", "06_qualitative_overlays"):
         return expand(OUT + "/{n}.ipynb", n=["04_lambda_ablation", *GRID])
-    if name == "06_qualitative_overlays":
-        return OUT + "/05_probe_segmentation.ipynb"
     return OUT + "/01_camus_to_hdf5.ipynb"
 
 

@@ -273,7 +273,7 @@ CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frame
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
              "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5, "fractions": (50,),
-             "lams": (0.5,), "freezes": (0,), "accelerator": "cpu", "devices": 2, "log_every": 1}
+             "lams": (0.5,), "freezes": (0,), "end_to_end": (), "accelerator": "cpu", "devices": 2, "log_every": 1}
 
 
 def test_every_setting_is_either_of_training_or_not():
@@ -634,22 +634,22 @@ def test_the_summary_holds_what_the_readme_promises(written):
 def test_rows_are_methods_by_shares_of_the_labels(written):
     _, rows, content = written
     got = [(r["key"], r["lam"], r["fraction"]) for r in content["rows"]]
-    methods = [("prior", 1), ("random", 1), ("supervised", 1), ("unet", 1), ("videomae", 1), ("vjepa", 1),
-               ("vjepa_ll", 0.25), ("finetuned", 1)]  # no "initial": smoke starts from random weights
+    methods = [("prior", 1), ("random", 1), ("supervised", 1), ("unet", 1), ("finetuned", 1),
+               ("videomae", 1), ("vjepa", 1), ("vjepa_ll", 0.25)]  # no "initial": smoke starts from random weights
     assert got == [(*m, f) for f in (100, 10) for m in methods]
     for r in content["rows"]:
         assert {"method", "fraction", "seed", "dsc", "dsc_sd", "jaccard", "ppv", "recall", "dsc_1", "dsc_2", "dsc_3",
                 "split", "probe", "videos", "seconds"} <= set(r)
         assert (r["seed"], r["split"], r["probe"], r["videos"]) == (0, "test", "best", 4) and 0 <= r["dsc"] <= 1
     assert content["rows"] == json.loads(rows.to_json(orient="records"))
-    assert content["rows"][6]["method"] == "V-JEPA + LL (λ = 0.25)"
+    assert content["rows"][7]["method"] == "V-JEPA + LL (λ = 0.25)"
 
 
 def test_a_row_is_the_mean_and_sd_over_test_videos(written):
     own, _, content = written
     scores = segmentation(own, "vjepa_ll", 10, 0.25).scores
     chosen = scores[(scores["split"] == "test") & (scores["which"] == "best")]
-    row = content["rows"][14]
+    row = content["rows"][15]
     assert row["dsc"] == pytest.approx(np.mean(chosen["dsc"])) and row["ppv"] == pytest.approx(np.mean(chosen["ppv"]))
     assert row["dsc_sd"] == pytest.approx(np.std(chosen["dsc"], ddof=1))
     assert row["dsc_1"] == pytest.approx(np.nanmean(chosen["dsc_1"]))

@@ -11,16 +11,15 @@ from torch import nn
 
 from usjepa_nb import objectives, weights
 from usjepa_nb.controls import Supervised, UNet
-from usjepa_nb.profile import ROOT
+from usjepa_nb.profile import END_TO_END, ROOT
 
 METHODS = {"prior": "shape prior", "random": "frozen random encoder", "initial": "initial weights, not adapted",
            "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL", "finetuned": "fine-tuned",
            "supervised": "supervised, end to end", "unet": "U-Net, end to end"}
 UNTRAINED = ("random", "initial")
-END_TO_END = ("supervised", "finetuned", "unet")  # they learn from labels and bring their own decoder
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
-NEVER = ("name", "fractions", "lams", "freezes", "accelerator", "devices", "log_every", "finetune_lr",
+NEVER = ("name", "fractions", "lams", "freezes", "end_to_end", "accelerator", "devices", "log_every", "finetune_lr",
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",

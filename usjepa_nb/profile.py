@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 FOLDER = ROOT / "profiles"
+END_TO_END = ("supervised", "finetuned", "unet")  # methods that learn from labels and bring their own decoder
 
 
 class ProfileError(ValueError):
@@ -91,6 +92,7 @@ class Profile:
     fractions: tuple[int, ...]
     lams: tuple[float, ...]
     freezes: tuple[int, ...]
+    end_to_end: tuple[str, ...]
     # machine
     precision: str
     accelerator: str
@@ -133,6 +135,8 @@ class Profile:
         for key, low, high in (("fractions", 1, 100), ("lams", 0, 1), ("freezes", 0, self.depth)):
             if not getattr(self, key) or not all(low <= v <= high for v in getattr(self, key)):
                 self.refuse(key, f"its values must lie in {low}…{high}")
+        if not set(self.end_to_end) <= set(END_TO_END):
+            self.refuse("end_to_end", f"choose among {', '.join(END_TO_END)}")
         for width, heads in ((self.width, self.heads), (self.predictor_width, self.predictor_heads),
                              (self.decoder_width, self.decoder_heads)):
             if width % heads:
@@ -189,7 +193,7 @@ def typed(path: Path, key: str, value, kind: str):
     if kind.startswith("tuple") and isinstance(value, list | tuple):
         kinds = kind[len("tuple["):-1].split(", ")
         kinds = kinds[:1] * len(value) if kinds[-1] == "..." else kinds
-        if len(kinds) == len(value) and all(type(v) is int or (type(v).__name__ == k == "float")
+        if len(kinds) == len(value) and all(type(v).__name__ == k or (type(v) is int and k == "float")
                                             for v, k in zip(value, kinds, strict=True)):
             return tuple(float(v) if k == "float" else v for v, k in zip(value, kinds, strict=True))
     elif kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):

@@ -22,8 +22,9 @@ def methods(lab: Lab) -> list[dict]:
     """The rows of the table: controls first, then what is pre-trained. λ is the profile's best in the paper, 0.25."""
     lam = min(lab.profile.lams, key=lambda v: abs(v - 0.25))
     first = [] if lab.profile.init == "random" else [{"method": "initial"}]
-    return [{"method": "prior"}, {"method": "random"}, *first, {"method": "supervised"}, {"method": "unet"},
-            {"method": "videomae"}, {"method": "vjepa"}, {"method": "vjepa_ll", "lam": lam}, {"method": "finetuned"}]
+    labels = [{"method": m} for m in lab.profile.end_to_end]
+    return [{"method": "prior"}, {"method": "random"}, *first, *labels,
+            {"method": "videomae"}, {"method": "vjepa"}, {"method": "vjepa_ll", "lam": lam}]
 
 
 def row(lab: Lab, what: dict, fraction: int, split: str = "test", which: str = "best") -> dict:
