@@ -227,13 +227,15 @@ def report():
         where = {"phantom": "phantom (video)", "real": "real frames (ED/ES only)"}[data]
         if tuned.exists():
             t = pd.DataFrame(json.loads(tuned.read_text()))
-            g = t.groupby("name", sort=False)
+            t = t.reindex(columns=t.columns.union(["jepa", "zero", "rank", "position_share", "dsc_100"]))
+            t["at"] = t.name.map(list(VARIANTS).index)
+            g = t.sort_values(["at", "seed"]).groupby("name", sort=False)
             shown = pd.DataFrame({"change": g.words.first(), "seeds": g.size(), "DSC, 10 % of labels": g.dsc.mean(),
                                   "DSC, 100 %": g.dsc_100.mean(),
                                   "10 %, each seed": g.dsc.agg(lambda v: " ".join(f"{x:.3f}" for x in v)),
                                   "JEPA loss / zero": g.jepa.mean() / g.zero.mean(), "rank": g["rank"].mean(),
                                   "position share": g.position_share.mean()})
-            parts += [f"### Tuning: {where}\n", shown.to_markdown(floatfmt=".3f"), ""]
+            parts += [f"### Tuning: {where}\n", shown.to_markdown(floatfmt=".3f", missingval="–"), ""]
         if judged.exists():
             rows = pd.read_csv(judged)
             per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
