@@ -21,6 +21,7 @@ ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p fr
             for freeze in lab.profile.freezes for lam in lab.profile.lams if (lam, freeze) != (0.25, 0)}
 GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}"
                    for m in ("videomae", *lab.profile.end_to_end)}
+END_TO_END = [f"05_probe_segmentation--{m}" for m in lab.profile.end_to_end if m != "finetuned"]
 
 
 def needs(wildcards):
@@ -50,7 +51,7 @@ rule notebook:
         settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
         source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
-    priority: lambda wildcards: 1 if wildcards.name.startswith("03_") else 0  # 04 waits for all of these
+    priority: lambda w: 2 if w.name in END_TO_END else 1 if w.name.startswith("03_") else 0  # the longest first
     params:
         extra=lambda w: GRID.get(w.name, "") + (f" -p data {shlex.quote(DATA)}" if DATA else ""),
     shell:
