@@ -4,7 +4,7 @@
 #   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
-#   make weights             pre-train the weights that weights/ ships again (about an hour)
+#   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
 

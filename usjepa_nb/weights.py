@@ -155,7 +155,7 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
         others = sorted(map(str, file.keys() - {name for module, _, name in found if module}))
     positions = "sincos1d" if {"model", "decoder"} & file.keys() else "sincos3d"  # published files hold no table
     positions = file.get("positions", positions)  # ours name it
-    if positions not in POSITIONS:
+    if positions not in list(POSITIONS):  # a list: what a file names need not be hashable
         raise WeightsError(f"{path}: names its positions {positions!r}; {' and '.join(POSITIONS)} are known")
     table = POSITIONS[positions](encoder.grid, encoder.width)
     if not torch.allclose(encoder.pos_embed.float().cpu(), table, atol=1e-2):
