@@ -26,6 +26,7 @@ SIZE = {"patients": 240, "phantom_seed": 2000, "batch": 16, "videomae_steps": 30
 
 # name -> (what changes against the recipe, in words; method; its settings)
 SCRATCH = {"init": "random", "steps": 1500, "encoder_lr": 1.0}
+ADAPTED = {"init_videomae": "weights/videomae-phantom.pt"}
 UNIFORM = {"lr": 5e-4, "encoder_lr": 1.0}
 VARIANTS = {
     "random": ("frozen random encoder", "random", {}),
@@ -35,6 +36,10 @@ VARIANTS = {
                          {"init": "weights/videomae-phantom.pt"}),
     "shipped-vjepa": ("shipped V-JEPA weights, phantom only, not adapted", "initial",
                       {"init": "weights/vjepa-phantom.pt"}),
+    "adapted-videomae": ("VideoMAE from the shipped VideoMAE weights", "videomae", ADAPTED),
+    "adapted-vjepa": ("V-JEPA from the shipped V-JEPA weights", "vjepa", {"init": "weights/vjepa-phantom.pt"}),
+    "adapted": ("VideoMAE from the shipped weights, then V-JEPA", "vjepa", ADAPTED),
+    "adapted-ll-0.25": ("the same with LL as in the paper, λ 0.25", "vjepa_ll", {**ADAPTED, "lam": 0.25}),
     "recipe": ("the recipe: VideoMAE, then V-JEPA", "vjepa", {}),
     "last-layer": ("target: last layer, as published", "vjepa", {"target_layers": 1}),
     "not-centred": ("target: not centred", "vjepa", {"centre": 0.0}),
@@ -146,9 +151,9 @@ def per_patient(lab, method, fraction, split, **what) -> pd.Series:
 
 def tune(data, seeds, only):
     out = RESULTS / f"recipe_tune_{'real' if data else 'phantom'}.json"
-    rows = json.loads(out.read_text()) if out.exists() else []
     for seed in seeds:
         for name in only or VARIANTS:
+            rows = json.loads(out.read_text()) if out.exists() else []
             if any(r["name"] == name and r["seed"] == seed for r in rows):
                 continue
             words, method, changes = VARIANTS[name]
@@ -162,8 +167,8 @@ def tune(data, seeds, only):
                    "dsc_100": float(all_labels.mean()), "patients": len(dsc),
                    **{k: float(end[k]) for k in ("jepa", "zero", "ll", "rank", "position_share") if k in end}}
             print(row, flush=True)
-            rows.append(row)
-            write_text(out, json.dumps(rows, indent=1))
+            rows = json.loads(out.read_text()) if out.exists() else []  # others may have written meanwhile
+            write_text(out, json.dumps([*rows, row], indent=1))
 
 
 # method -> what `segmentation` takes, and the settings that differ
