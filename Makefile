@@ -2,6 +2,8 @@
 #
 #   make run                 every notebook in order, at profile tiny, on the synthetic data set
 #   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
+#   make table1, make table2 the paper's tables, whole (grids/paper.yaml; another: GRID=...), in the same way
+#   make plan PROFILE=paper  what such tables would cost: FLOPs, memory, hours
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
@@ -10,6 +12,7 @@
 
 PROFILE ?= tiny
 DATA ?=
+GRID ?= paper
 JOBS ?= 2
 TORCH ?= cpu
 # The first of the two that is new enough.
@@ -23,7 +26,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run results weights lab test test-unit test-notebooks lint clean clean-all setup
+.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks lint clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -47,11 +50,23 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 # --nolock: a killed run leaves no lock that the next one stumbles over; the runs have locks of their own.
+WHERE = --cores $(JOBS)
+SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake
+HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$(PROFILE)" $${data:+"data=$$data"}
+FOLDER = test -z "$(DATA)" || test -d "$(DATA)" || { echo "DATA: there is no folder $(DATA)"; exit 1; }; \
+	data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"
+
 run: $(READY)
-	@test -z "$(DATA)" || test -d "$(DATA)" || { echo "DATA: there is no folder $(DATA)"; exit 1; }
-	@data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"; \
-	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(JOBS) --rerun-incomplete --nolock --quiet all \
-	--config "profile=$(PROFILE)" $${data:+"data=$$data"}
+	@$(FOLDER); $(SNAKEMAKE) $(HOW)
+
+# A cell that fails is reported, and the rest goes on; the table then says what is missing. On a cluster:
+# make table1 WHERE="--profile profiles/slurm"
+table1 table2: $(READY)
+	@$(FOLDER); $(SNAKEMAKE) $@_cells --keep-going $(HOW) "grid=$(GRID)" || failed=1; \
+	$(SNAKEMAKE) $@ $(HOW) "grid=$(GRID)" && exit $${failed:-0}
+
+plan: $(READY)
+	@$(BIN)/python -m usjepa_nb.plan $(PROFILE) --grid $(GRID)
 
 # What the repository shows of a finished `make run`: results/tiny and the outputs of the committed notebooks.
 results: $(READY)

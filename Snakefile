@@ -1,48 +1,100 @@
 # One rule: a notebook, executed by papermill with parameters. Notebooks keep their results in data_cache/runs under a
-# hash of what made them, so the same result is never made twice, and jobs may run side by side.
+# hash of what made them, so the same result is never made twice, and jobs may run side by side, on one machine or many.
+#
+#   all              the walk, in order, with the cells that it compares (grids/walk.yaml)
+#   cells, table1_cells, table2_cells   cells of a grid: one encoder, and its probes at every share of labels
+#   table1, table2   the reports: notebooks 04 and 05 on what the cells left; what is missing is shown as missing
 
 import shlex
 
 from usjepa_nb.dataset import Dataset
+from usjepa_nb.methods import ADAPTED
 
 PROFILE = config.get("profile", "tiny")
 DATA = str(config.get("data", ""))
-SEED = config.get("seed", 0)
+SEED = int(config.get("seed", 0))
+GRID = str(config.get("grid", "walk"))
 
 lab = Dataset(PROFILE, DATA, seed=SEED)
-OUT = str(lab.results.relative_to(workflow.basedir))
+grid = lab.grid(GRID)
+OUT = str(lab.results(GRID).relative_to(workflow.basedir))
+SEEDS = range(SEED, SEED + grid.seeds)
 
 # The walk, in order.
 WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_localisation", "04_lambda_ablation",
         "05_probe_segmentation", "06_qualitative_overlays", "90_solutions"]
+TRAIN, PROBE, DATASET = "03_vjepa_localisation", "05_probe_segmentation", OUT + "/01_camus_to_hdf5.ipynb"
 
-# Cells of the grid: notebooks of the walk with other parameters, side by side. 04 and 05 then find their runs ready.
-ABLATION = {f"03_vjepa_localisation--lam{lam:g}-f{freeze}": f"-p lam {lam} -p freeze {freeze} -p deep False"
-            for freeze in lab.profile.freezes for lam in lab.profile.lams if (lam, freeze) != (0.25, 0)}
-GRID = ABLATION | {f"05_probe_segmentation--{m}": f"-p methods {m}"
-                   for m in ("videomae", *lab.profile.end_to_end)}
-END_TO_END = [f"05_probe_segmentation--{m}" for m in lab.profile.end_to_end if m != "finetuned"]
+# Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
+trains = {f"{TRAIN}--{c.id}-s{s}": f"-p lam {c.lam} -p freeze {c.freeze} -p deep False -p seed {s}"
+          for c in grid.cells if c.method in ("vjepa", "vjepa_ll") for s in SEEDS
+          if GRID != "walk" or (c.lam, c.freeze) != (0.25, 0)}  # that one is trained by the walk's own 03
+base = ["random"] if any(c.method == "random" for c in grid.table2) else []  # every cell is shown beside it
+probes = {f"{PROBE}--{c.id}-s{s}": f"-p cells {','.join(dict.fromkeys([*base, c.id]))} -p grid {shlex.quote(GRID)} -p seed {s}"
+          for c in grid.cells if c.method != "prior" for s in SEEDS
+          if GRID != "walk" or c.method not in ("random", "initial", "vjepa", "vjepa_ll")}  # the walk makes those itself
+YARDSTICKS = [c for c in grid.table2 if c.method in ("random", "initial")]
+
+
+def jobs(cells):
+    """Notebooks that make these cells."""
+    return expand(OUT + "/{n}.ipynb", n=[n for n in (*trains, *probes)
+                                         if any(n.partition("--")[2].rpartition("-s")[0] == c.id for c in cells)])
 
 
 def needs(wildcards):
     """What must have run before a notebook, so that it finds its results ready."""
-    name = wildcards.name
+    name, _, cell = wildcards.name.partition("--")
+    made = lambda names: expand(OUT + "/{n}.ipynb", n=names)
     if name.startswith("00_"):
         return []
     if name == "01_camus_to_hdf5":  # 00 makes the data
         return OUT + "/00_start_here.ipynb"
-    if name.endswith("--finetuned"):  # starts from V-JEPA
-        return expand(OUT + "/{n}.ipynb", n=[n for n in ABLATION if n.endswith("--lam1-f0")] or "01_camus_to_hdf5")
+    if name == PROBE and cell:
+        before = [f"{TRAIN}--{cell.replace('finetuned', 'vjepa-lam1-f0')}",  # fine-tuning starts from V-JEPA
+                  f"{PROBE}--random-s{cell.rpartition('-s')[2]}" if not cell.startswith("random-s") else ""]
+        return made([n for n in before if n in trains | probes]) or DATASET
+    if name == TRAIN and lab.profile.init == "videomae":  # V-JEPA goes on from there
+        return made([n for n in probes if n == f"{PROBE}--videomae-s{cell.rpartition('-s')[2] or SEED}"]) or DATASET
     if name.startswith("04_"):
-        return expand(OUT + "/{n}.ipynb", n=["03_vjepa_localisation", *ABLATION])
-    if name in ("05_probe_segmentation", "06_qualitative_overlays"):
-        return expand(OUT + "/{n}.ipynb", n=["04_lambda_ablation", *GRID])
-    return OUT + "/01_camus_to_hdf5.ipynb"
+        return made([TRAIN, *trains])
+    if name.startswith(("05_", "06_")):
+        return made(["04_lambda_ablation", *trains, *probes])
+    return DATASET
 
 
 rule all:
     input: expand(OUT + "/{n}.ipynb", n=WALK)  # no output: the table is printed every time
-    shell: "python -m usjepa_nb.summary {PROFILE:q} {SEED} {DATA:q}"
+    shell: "python -m usjepa_nb.tables {PROFILE:q} {SEED} {GRID:q} {DATA:q}"
+
+
+rule cells:
+    input: jobs(grid.cells)
+
+
+rule table1_cells:
+    input: jobs([*grid.table1, *YARDSTICKS])
+
+
+rule table2_cells:
+    input: jobs(grid.table2)
+
+
+# The reports name no output: they are made every time, of whatever is there.
+REPORT = ("OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {OUT}/{rule}.ipynb --html "
+          "-p profile {PROFILE:q} -p grid {GRID:q} -p missing show -p seed {SEED} {params.data} && "
+          "python -m usjepa_nb.tables {PROFILE:q} {SEED} {GRID:q} {DATA:q}")
+GIVEN = f"-p data {shlex.quote(DATA)}" if DATA else ""
+
+
+rule table1:
+    params: source="04_lambda_ablation", data=GIVEN
+    shell: REPORT
+
+
+rule table2:
+    params: source=PROBE, data=GIVEN
+    shell: REPORT
 
 
 rule notebook:
@@ -51,9 +103,9 @@ rule notebook:
         settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
         source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
-    priority: lambda w: 2 if w.name in END_TO_END else 1 if w.name.startswith("03_") else 0  # the longest first
+    priority: lambda w: 2 if "--supervised" in w.name else 1 if w.name.startswith("03_") else 0  # the longest first
     params:
-        extra=lambda w: GRID.get(w.name, "") + (f" -p data {shlex.quote(DATA)}" if DATA else ""),
+        extra=lambda w: (trains | probes).get(w.name, f"-p seed {SEED}"), data=GIVEN,
     shell:
-        "OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html "
-        "-p profile {PROFILE:q} -p seed {SEED} {params.extra}"
+        "OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html -p profile {PROFILE:q} "
+        "{params.extra} {params.data}"

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from usjepa_nb import figures, summary
+from usjepa_nb import figures
 from usjepa_nb.profile import ROOT
 from usjepa_nb.runs import Lab
 from usjepa_nb.segment import segmentation
@@ -18,8 +18,9 @@ from usjepa_nb.segment import segmentation
 
 def overlay(lab: Lab):
     """Reference and predictions at ED, between and ES, for the test video of median DSC over all methods."""
-    shown = {"reference": None} | {m["method"]: segmentation(lab, fraction=max(lab.profile.fractions), **m)
-                                   for m in summary.methods(lab) if m["method"] not in ("prior", "initial", "unet")}
+    grid = lab.grid()
+    shown = {"reference": None} | {c.id: segmentation(lab, c.method, max(grid.fractions), c.lam, c.freeze)
+                                   for c in grid.table2 if c.method not in ("prior", "initial", "unet")}
     results = [s for s in shown.values() if s is not None]
     test = np.flatnonzero(np.isin(results[0].rows, lab.store.rows("test")))
     dsc = np.mean([s.scores.query("split == 'test' and which == 'best'").dsc.to_numpy() for s in results], axis=0)

@@ -16,7 +16,7 @@ OTHER = {"predictor_width": 64, "predictor_depth": 2, "predictor_heads": 1, "ini
          "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "decoder_positions": "sincos1d",
          "init_videomae": "a.pt", "tube_ratio": 0.8, "width": 64, "batch": 2, "steps": 7, "lr": 0.5,
          "videomae_steps": 7, "videomae_lr": 0.5, "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.25,
-         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "fractions": (50,)}
+         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "unlabelled": "fraction"}
 LL, COMMON = {"pairs", "ll_on"}, {"width", "batch"}
 VJEPA = set(methods.OF_VJEPA) - LL
 VIDEOMAE, LABELS = set(methods.OF_VIDEOMAE), {"supervised_steps", "probe_width"}
@@ -64,7 +64,7 @@ def test_a_run_is_named_after_the_settings_that_shape_it_and_no_others(lab, meth
     before = name(lab, method, lam)
     matters, does_not = MATTERS[method, lam]
     changed = {key for key, value in OTHER.items() if name(variant(lab, **{key: value}), method, lam) != before}
-    assert matters <= changed and not changed & (does_not | {"probe_lr", "log_every", "fractions"})
+    assert matters <= changed and not changed & (does_not | {"probe_lr", "log_every", "unlabelled"})
 
 
 @pytest.mark.parametrize("method, lam", MATTERS)

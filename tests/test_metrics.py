@@ -242,7 +242,7 @@ def test_paired_without_differences_says_one_not_nan():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = metrics.paired([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
-        assert row == {"difference": 0, "low": 0, "high": 0, "wilcoxon_p": 1, "t_p": 1, "n": 3}
+        assert np.isnan(row.pop("d_z")) and row == {"difference": 0, "low": 0, "high": 0, "wilcoxon_p": 1, "t_p": 1, "n": 3}
         shifted = metrics.paired(np.arange(6) / 10 + 0.25, np.arange(6) / 10)
         assert shifted["low"] == shifted["high"] == pytest.approx(0.25) and shifted["t_p"] == 0
 
@@ -280,3 +280,22 @@ def test_ejection_fraction_of_real_masks_follows_the_cfg():
         theirs.append(float((folder / "Info_4CH.cfg").read_text().split("EF:")[1].split()[0]))
     assert np.corrcoef(ours, theirs)[0, 1] > 0.7
     assert np.mean(np.abs(np.subtract(ours, theirs))) < 10
+
+
+def test_holm_steps_down_and_skips_nan():
+    assert metrics.holm([0.01, 0.04, np.nan, 0.03]) == pytest.approx([0.03, 0.06, np.nan, 0.06], nan_ok=True)
+    assert metrics.holm([0.9, 0.6]) == pytest.approx([1, 1]) and metrics.holm([]).shape == (0,)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_between_no_correction_and_bonferroni(p):
+    corrected, p = metrics.holm(p), np.array(p)
+    assert (corrected >= p).all() and (corrected <= np.minimum(1, p * len(p)) + 1e-12).all()
+    assert corrected.min() == min(1, p.min() * len(p))
+
+
+def test_effect_size_is_the_mean_over_the_sd_of_the_differences():
+    a, b = np.array([0.5, 0.7, 0.9, 0.4]), np.array([0.4, 0.65, 0.7, 0.45])
+    assert metrics.paired(a, b)["d_z"] == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
+    assert np.isnan(metrics.paired(a, a - 0.1)["d_z"])  # no spread

@@ -53,7 +53,6 @@ def test_the_paper_profile_is_the_paper():
     assert (p.width, p.depth, p.heads, p.patch, p.tubelet, p.size, p.frames) == (1024, 24, 16, 16, 2, 224, 16)
     assert p.grid() == (8, 14, 14) and p.tubelet_size == (2, 16, 16)
     assert (p.clip_rule, p.frame_step, p.target_layers, p.centre, p.beta) == ("step", 4, 1, 0.0, 0.0)
-    assert p.lams == (1, 0.9, 0.75, 0.5, 0.25, 0) and p.freezes == (0, 12, 16)
 
 
 # --- by hand
@@ -70,8 +69,8 @@ def test_a_file_of_ones_own_gives_its_name(written):
 
 
 def test_a_whole_number_may_stand_for_a_float_and_is_one_then(written):
-    p = load(written(lr=1, lams=[1, 0]))
-    assert type(p.lr) is float and [type(v) for v in p.lams] == [float, float]
+    p = load(written(lr=1, long_range=[2, 1]))
+    assert type(p.lr) is float and [type(v) for v in p.long_range] == [int, float]
 
 
 # --- refusals; in each the file, the setting, and what to do
@@ -87,10 +86,6 @@ def test_a_whole_number_may_stand_for_a_float_and_is_one_then(written):
     ({"sector_aware": 1}, r"own.yaml: sector_aware = 1 should be of type bool"),
     ({"init": 5}, r"own.yaml: init = 5 should be of type str"),
     ({"augmentation": False}, r"own.yaml: augmentation = False should be of type str"),  # YAML's "no"
-    ({"lams": 0.25}, r"own.yaml: lams = 0.25 should be of type tuple"),
-    ({"lams": ["a"]}, r"own.yaml: lams = \['a'\] should be of type tuple"),
-    ({"lams": [True]}, r"own.yaml: lams = \[True\] should be of type tuple"),
-    ({"freezes": [0.5]}, r"own.yaml: freezes = \[0.5\] should be of type tuple"),
     ({"short_range": [8]}, r"own.yaml: short_range = \[8\] should be of type tuple"),
     ({"short_range": [8, 0.15, 1]}, r"own.yaml: short_range = \[8, 0.15, 1\] should be of type tuple"),
     ({"short_range": [1.5, 0.15]}, r"own.yaml: short_range = \[1.5, 0.15\] should be of type tuple"),
@@ -115,10 +110,6 @@ def test_a_misspelt_or_mistyped_setting_is_named_with_its_file(written, change, 
     ({"beta2": 1.5}, "beta2 = 1.5 is not possible"),
     ({"tube_ratio": 90.0}, "tube_ratio = 90.0 is not possible"),
     ({"target_layers": 5}, r"target_layers = 5 is not possible: it must lie in 1…depth \(2\)"),
-    ({"fractions": [0]}, r"fractions = \(0,\) is not possible: its values must lie in 1…100"),
-    ({"fractions": []}, r"fractions = \(\) is not possible"),
-    ({"lams": [1.1]}, r"lams = \(1.1,\) is not possible: its values must lie in 0…1"),
-    ({"freezes": [5]}, r"freezes = \(5,\) is not possible: its values must lie in 0…2"),
     ({"heads": 3}, "heads = 3 is not possible: a width of 32 does not divide into 3 heads"),
     ({"short_range": [0, 0.15]}, r"short_range = \(0, 0.15\) is not possible"),
     ({"long_range": [2, 1.5]}, r"long_range = \(2, 1.5\) is not possible"),

@@ -1,4 +1,4 @@
-"""Runs on disk, the data behind them, segmentations and the summary: made once, found again, and nothing let in."""
+"""Runs on disk, the data behind them and segmentations: made once, found again, and nothing let in."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smoke_lab import beside, smoke_lab
 
-from usjepa_nb import dataset, methods, metrics, pretrain, probe, runs, segment, store, summary, weights
+from usjepa_nb import dataset, methods, metrics, pretrain, probe, runs, segment, store, weights
 from usjepa_nb.camus import UNLABELLED, CamusError
 from usjepa_nb.dataset import Dataset
 from usjepa_nb.profile import Profile, ProfileError
@@ -272,8 +272,8 @@ CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frame
            "videomae_lr": 0.5, "precision": "bf16-mixed"}
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
-             "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5, "fractions": (50,),
-             "lams": (0.5,), "freezes": (0,), "end_to_end": (), "accelerator": "cpu", "devices": 2, "log_every": 1}
+             "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5,
+             "unlabelled": "fraction", "accelerator": "cpu", "devices": 2, "log_every": 1}
 
 
 def test_every_setting_is_either_of_training_or_not():
@@ -591,6 +591,47 @@ def test_damaged_features_are_named(mine):
         segmentation(mine, "random")
 
 
+def test_what_is_not_on_disk_is_not_made_where_that_was_asked(mine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "segment", forbidden)
+        assert segmentation(mine, "random", train=False) is None
+    made = segmentation(mine, "random")
+    found = segmentation(mine, "random", train=False)
+    assert (found.best == made.best).all() and segmentation(mine, "prior", train=False).scores.shape[0] == 16
+
+
+def test_pretraining_may_see_the_patients_of_the_fraction_only(mine, monkeypatch):
+    few = with_settings(mine, unlabelled="fraction", steps=1, videomae_steps=1)
+    seen, real = [], Lab.batches
+    monkeypatch.setattr(Lab, "batches", lambda self, rows: seen.append(list(rows)) or real(self, rows))
+    for method in ("vjepa", "videomae"):
+        assert few.folder(few.spec(method, fraction=10)) != few.folder(few.spec(method))
+        assert few.folder(few.spec(method)) == mine.folder(with_settings(mine, steps=1, videomae_steps=1).spec(method))
+        few.encoder(method, fraction=10)
+    assert seen == [list(mine.labelled(10))] * 2 and len(seen[0]) < len(mine.store.rows("train"))
+    assert mine.folder(mine.spec("vjepa", fraction=10)) == mine.folder(mine.spec("vjepa"))
+    started = with_settings(few, init="videomae")
+    assert started.spec("vjepa", fraction=10)["fraction"] == 10
+    started.encoder("vjepa", fraction=10)
+    assert seen[-1] == seen[0]
+
+
+def test_scores_tell_ed_and_es_from_the_frames_between(mine):
+    s = segmentation(mine, "random")
+    row = int(s.rows[3])
+    ed, es = mine.instants(row)
+    meta = mine.store.table.loc[row]
+    index = mine.store.clip(row, mine.frames, mine.profile.clip_rule, mine.profile.frame_step).index
+    assert (index[ed], index[es]) == (meta["ed"], meta["es"])  # the rule "cover" holds both
+    _, masks = mine.clips(s.rows[3:4])
+    line = s.scores.query("which == 'best'").iloc[3]
+    want = metrics.video_scores(s.best[3][es:es + 1], masks[0][es:es + 1])["dsc"]["mean"]
+    assert line["dsc_es"] == pytest.approx(want)
+    between = [k for k in range(mine.frames) if k not in (ed, es)]
+    assert line["dsc_between"] == pytest.approx(
+        metrics.video_scores(s.best[3][between], masks[0][between])["dsc"]["mean"])
+
+
 def test_the_shape_prior_is_the_commonest_label_of_each_pixel():
     masks = np.array([[[[1, 2, 0, UNLABELLED]]], [[[1, 3, 0, UNLABELLED]]], [[[2, 3, 1, 3]]]], np.uint8)  # [3, 1, 1, 4]
     asked = []
@@ -608,85 +649,3 @@ def test_the_shape_prior_is_the_same_for_every_video_and_looks_at_no_image(mine,
     assert not (mine.cache / "runs").exists() and set(made.scores["method"]) == {"shape prior"}
     few = segmentation(mine, "prior", 10)
     assert not (few.best[0] == made.best[0]).all()
-
-
-# --- the summary
-
-@pytest.fixture(scope="module")
-def written(lab, tmp_path_factory):
-    """A walk's lab, the table that `write` returned, and summary.json as read back."""
-    own = beside(lab, tmp_path_factory.mktemp("root") / "data_cache")
-    other = with_settings(own, steps=7)
-    other.encoder("vjepa"), again(own, seed=5).encoder("videomae")  # runs that are none of this summary's business
-    rows = summary.write(own)
-    return own, rows, json.loads((own.cache / "runs" / "smoke" / "summary.json").read_text())
-
-
-def test_the_summary_holds_what_the_readme_promises(written):
-    own, _, content = written
-    assert set(content) == {"profile", "data", "data_hash", "ed_es_only", "split", "seed", "machine", "versions",
-                            "seconds", "rows"}
-    assert (content["profile"], content["data"], content["seed"]) == ("smoke", "phantom-10x1.2mm", 0)
-    assert content["data_hash"] == own.store.data_hash and content["ed_es_only"] is False
-    assert content["versions"]["torch"] == torch.__version__ and "official" in content["split"]
-
-
-def test_rows_are_methods_by_shares_of_the_labels(written):
-    _, rows, content = written
-    got = [(r["key"], r["lam"], r["fraction"]) for r in content["rows"]]
-    methods = [("prior", 1), ("random", 1), ("supervised", 1), ("unet", 1), ("finetuned", 1),
-               ("videomae", 1), ("vjepa", 1), ("vjepa_ll", 0.25)]  # no "initial": smoke starts from random weights
-    assert got == [(*m, f) for f in (100, 10) for m in methods]
-    for r in content["rows"]:
-        assert {"method", "fraction", "seed", "dsc", "dsc_sd", "jaccard", "ppv", "recall", "dsc_1", "dsc_2", "dsc_3",
-                "split", "probe", "videos", "seconds"} <= set(r)
-        assert (r["seed"], r["split"], r["probe"], r["videos"]) == (0, "test", "best", 4) and 0 <= r["dsc"] <= 1
-    assert content["rows"] == json.loads(rows.to_json(orient="records"))
-    assert content["rows"][7]["method"] == "V-JEPA + LL (λ = 0.25)"
-
-
-def test_a_row_is_the_mean_and_sd_over_test_videos(written):
-    own, _, content = written
-    scores = segmentation(own, "vjepa_ll", 10, 0.25).scores
-    chosen = scores[(scores["split"] == "test") & (scores["which"] == "best")]
-    row = content["rows"][15]
-    assert row["dsc"] == pytest.approx(np.mean(chosen["dsc"])) and row["ppv"] == pytest.approx(np.mean(chosen["ppv"]))
-    assert row["dsc_sd"] == pytest.approx(np.std(chosen["dsc"], ddof=1))
-    assert row["dsc_1"] == pytest.approx(np.nanmean(chosen["dsc_1"]))
-
-
-def test_seconds_are_those_of_this_walks_stages(written):
-    own, _, content = written
-    trained = {k: v for k, v in content["seconds"].items() if k.startswith("train")}
-    assert set(trained) == {"train videomae lam1 f0", "train vjepa lam1 f0", "train vjepa_ll lam0.25 f0",
-                            *(f"train {m} lam1 f0 {f}%" for m in ("supervised", "unet", "finetuned")
-                              for f in (100, 10))}
-    for method in ("videomae", "vjepa"):  # not of the run with seven steps, nor of the other seed
-        run = json.loads((own.folder(own.spec(method)) / "run.json").read_text())
-        assert trained[f"train {method} lam1 f0"] == run["seconds"]
-    assert {k for k in content["seconds"] if k.startswith("probe")} == {
-        f"probe {m} {f}%" for m in ("prior", "random", "videomae", "vjepa", "vjepa_ll") for f in (100, 10)}
-
-
-def test_a_second_walk_gives_the_same_table_bit_for_bit(lab, written, tmp_path):
-    second = beside(lab, tmp_path / "second")
-    torch.manual_seed(5)
-    summary.write(second)
-    content = json.loads((second.cache / "runs" / "smoke" / "summary.json").read_text())
-    first = copy.deepcopy(written[2])
-    for walk in (first, content):
-        assert walk.pop("seconds") and all(row.pop("seconds") >= 0 for row in walk["rows"])
-    assert content == first
-
-
-def test_the_table_is_printed_with_where_it_lies(written, monkeypatch, capsys):
-    own, rows, _ = written
-    monkeypatch.setattr(dataset, "ROOT", own.cache.parent)
-    monkeypatch.setattr(pretrain, "train", forbidden)
-    summary.main("smoke", seed="0", data="")
-    text = capsys.readouterr().out
-    assert "Mean DSC over 4 test videos (phantom-10x1.2mm, video, one seed)" in text
-    assert "DSC, 100 % of labels" in text and text.index("100 %") < text.index("10 %")
-    assert f"{rows.dsc[0]:.3f}" in text and [text.index(m) for m in rows.method[:6]] == sorted(
-        text.index(m) for m in rows.method[:6])
-    assert "data_cache/notebooks/smoke" in text and "data_cache/runs/smoke/summary.json" in text

@@ -15,10 +15,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_camus import REAL, REAL_MHD, film, real, real_mhd, write_cfg, write_lists, write_nifti, write_patient
+from torch.nn import functional as F
 
 from usjepa_nb import camus
 from usjepa_nb.camus import UNLABELLED, CamusError
@@ -118,6 +120,16 @@ def test_resizing_invents_no_label(mask, size):
 @given(arrays(np.uint8, (9, 9), elements=st.sampled_from([0, 1, 2, 3, UNLABELLED])))
 def test_the_same_size_changes_nothing(mask):
     assert (resize_mask(mask, 9) == mask).all() and (resize_frame(mask, 9) == mask).all()
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(2, 12), st.integers(2, 12)), elements=st.integers(0, 3)),
+       st.integers(12, 40), st.integers(12, 40))
+def test_enlarging_is_linear_in_each_class_as_torch_does_it(mask, height, width):
+    shares = F.one_hot(torch.from_numpy(mask).long(), 4).permute(2, 0, 1)[None].double()
+    shares = F.interpolate(shares, (height, width), mode="bilinear", align_corners=False)[0].numpy()
+    large = resize_mask(mask, (height, width))
+    assert large.shape == (height, width) and large.dtype == np.uint8
+    assert (np.take_along_axis(shares, large[None].astype(int), 0)[0] > shares.max(0) - 1e-6).all()  # ties are free
 
 
 def test_a_mask_keeps_its_shape_and_a_thin_wall_its_area():

@@ -121,6 +121,19 @@ def lambda_freeze(table, score="dsc"):
     return figure
 
 
+def lambda_freeze_interactive(table, score="dsc"):
+    """Table 1 to explore: score against λ, a line for each number of frozen blocks, seeds averaged; a plotly figure."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, (freeze, rows) in enumerate(table.groupby(["freeze", "lam"])[score].mean().groupby("freeze")):
+        line = {"x": rows.index.get_level_values("lam"), "y": rows.to_numpy(), "name": f"{freeze} blocks frozen"}
+        figure.add_scatter(mode="lines+markers", line_color=LINES[i % 8], marker_symbol=i % 8, **line)
+    figure.update_xaxes(title="λ (share of the JEPA loss, Eq. 4)", autorange="reversed")
+    figure.update_yaxes(title=score.upper())
+    return figure.update_layout(width=750, height=400, template="plotly_white", margin={"t": 20, "b": 20})
+
+
 def ef_agreement(reference, predicted):
     """Ejection fractions in %, [n] each: predicted against reference, and Bland-Altman.
 

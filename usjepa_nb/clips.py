@@ -45,10 +45,14 @@ def resize_frame(frame, size) -> np.ndarray:
 
 
 def resize_mask(mask, size) -> np.ndarray:
-    """uint8 labels [H, W] -> [size, size]: each label's area is resized like a frame, the largest wins."""
+    """uint8 labels [H, W] -> [size, size] or size = (height, width), smaller or larger.
+
+    Each label's area is resized like a frame, the largest wins: labels are names and have no values in between.
+    """
+    height, width = (size, size) if np.ndim(size) == 0 else map(int, size)
     labels = np.flatnonzero(np.bincount(mask.ravel())).astype(np.uint8)
     if len(labels) == 1:
-        return np.full((size, size), labels[0])
+        return np.full((height, width), labels[0])
     areas = (Image.fromarray((mask == label).astype(np.float32)) for label in labels)
-    shares = [np.asarray(area.resize((size, size), Image.Resampling.BILINEAR)) for area in areas]
+    shares = [np.asarray(area.resize((width, height), Image.Resampling.BILINEAR)) for area in areas]
     return labels[np.argmax(shares, axis=0)]

@@ -1,16 +1,19 @@
-"""What learns from labels, end to end: the ViT with its probe, and a small U-Net. Both are objectives (see `pretrain`).
+"""Controls. What learns from labels end to end, the ViT with its probe and a small U-Net (objectives, see `pretrain`),
+and a ViT that learned from ImageNet and sees one frame at a time (never trained here).
 
 From random weights the ViT is the control that the paper compares with; from pre-trained ones it is fine-tuning.
 """
 
 from __future__ import annotations
 
+import timm
 from torch import Generator, Tensor, nn
 
 from usjepa_nb.augment import augment, standardise
 from usjepa_nb.probe import CLASSES, SegmentationProbe, encode, segmentation_loss
 from usjepa_nb.profile import Profile
-from usjepa_nb.vit import Encoder
+from usjepa_nb.vit import Encoder, gather
+from usjepa_nb.weights import WeightsError
 
 
 class EndToEnd(nn.Module):
@@ -58,3 +61,43 @@ class UNet(EndToEnd):
         B, T = grey.shape[:2]
         frames = standardise(grey).transpose(1, 2).flatten(0, 1)  # [B·T, 1, H, W]
         return self.net(frames).view(B, T, CLASSES, *grey.shape[2:]).transpose(1, 2)
+
+
+class FrameEncoder(nn.Module):
+    """timm's ViT-S/16, trained on ImageNet by augreg (Steiner et al. 2022), on every frame; a tubelet's frames averaged.
+
+    Patch embedding and positions are resized by timm to the profile's patch and image size. It sees the whole frame,
+    also outside the sector, and nothing of the time between frames.
+
+    Raises:
+        WeightsError: the weights are neither in the cache nor to be had from the network.
+    """
+
+    MODEL = "vit_small_patch16_224.augreg_in1k"
+
+    def __init__(self, p: Profile, frames: int, pretrained: bool = True):
+        super().__init__()
+        self.grid, self.tubelet = p.grid(frames), p.tubelet_size
+        try:
+            self.net = timm.create_model(self.MODEL, pretrained, img_size=p.size, patch_size=p.patch, in_chans=1,
+                                         num_classes=0)
+        except (OSError, RuntimeError, ValueError) as e:  # whatever the hub and its transport raise
+            reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+            raise WeightsError(f"{self.MODEL}: its weights could not be had ({reason}); connect to the network, or fill "
+                               "the cache of huggingface_hub, or leave imagenet out of the grid") from e
+        self.width = self.net.embed_dim
+
+    def forward(self, x: Tensor, keep: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Standardised clips [B, 1, T, H, W] -> features of the tokens `keep` [B, K] (all when None), [B, K, D]."""
+        frames = x.transpose(1, 2).flatten(0, 1)
+        tokens = self.net.forward_features(frames)[:, self.net.num_prefix_tokens:]  # [B·T, y·x, D]
+        z = tokens.view(len(x), self.grid[0], self.tubelet[0], -1, self.width).mean(2).flatten(1, 2)
+        return z if keep is None else gather(z, keep)
+
+
+class ImageNet(nn.Module):
+    """The frozen control around it."""
+
+    def __init__(self, p: Profile, frames: int):
+        super().__init__()
+        self.encoder = FrameEncoder(p, frames)

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Generator, Tensor
 
-from usjepa_nb import phantom, store
+from usjepa_nb import grid, phantom, store
 from usjepa_nb.augment import augment, crop_and_flip
 from usjepa_nb.camus import CamusError
 from usjepa_nb.profile import ROOT, Profile, load
@@ -96,10 +96,10 @@ class Dataset:
         """Where the data set's one file lies."""
         return self.cache / f"{self.data_name}-{self.profile.size}px.h5"
 
-    @property
-    def results(self) -> Path:
-        """Where `make run` puts the executed notebooks and the summary."""
-        return self.cache / "notebooks" / (self.profile.name + (f"-{self.data_name}" if self.data else ""))
+    def results(self, grid: str = "walk") -> Path:
+        """Where the executed notebooks of a grid and its summary are put."""
+        parts = [self.profile.name, self.data_name if self.data else "", "" if grid == "walk" else Path(grid).stem]
+        return self.cache / "notebooks" / "-".join(p for p in parts if p)
 
     @cached_property
     def store(self) -> store.Store:
@@ -116,6 +116,10 @@ class Dataset:
             print("ED/ES only: these clips are [ED, ED, ES, ES], not video; read every result below with that in mind")
         return opened
 
+    def grid(self, name: str = "walk") -> grid.Grid:
+        """The grid `name` for this profile's encoder, see `grid.load`."""
+        return grid.load(name, self.profile.depth, initial=self.profile.init != "random")
+
     @property
     def frames(self) -> int:
         """Frames per clip: the profile's, or two tubelets where the data holds only ED and ES."""
@@ -131,6 +135,12 @@ class Dataset:
             offset = 0.0 if generator is None else float(torch.rand((), generator=generator))
             cut.append(self.store.clip(int(i), self.frames, p.clip_rule, p.frame_step, offset))
         return np.stack([c.frames for c in cut]), np.stack([c.masks for c in cut])
+
+    def instants(self, row: int) -> tuple[int, int]:
+        """Where the clip of a store row has the frames nearest to ED and ES."""
+        p, meta = self.profile, self.store.table.loc[row]
+        index = self.store.clip(int(row), self.frames, p.clip_rule, p.frame_step).index
+        return tuple(int(np.abs(index - meta[name]).argmin()) for name in ("ed", "es"))
 
     def batches(self, rows: np.ndarray):
         """A function (generator, n) -> augmented grey clips [n, T, S, S] drawn from store rows, for training.

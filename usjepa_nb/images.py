@@ -1,4 +1,4 @@
-"""One image file of CAMUS, NIfTI or MHD -> uint8 [T, H, W], or one sentence on why not."""
+"""One image file of CAMUS, NIfTI or MHD -> uint8 [T, H, W], or one sentence on why not; and the way back to NIfTI."""
 
 import gzip
 import io
@@ -98,3 +98,21 @@ def read_mask(path, shape) -> np.ndarray:
     if mask.max() > max(LABELS):
         raise refuse(path, f"holds the label {mask.max()}, and CAMUS ends at {max(LABELS)}")
     return mask
+
+
+def save_nifti(path, volume, spacing, dtype=np.float32):
+    """uint8 [T, H, W] or [H, W] -> NIfTI as CAMUS has it: (W, H[, T]), affine diag(-x, -y, 1).
+
+    Args:
+        spacing: (y, x) in mm.
+        dtype: of the voxels on disk; CAMUS itself has float32, also for masks.
+    """
+    import nibabel
+
+    y, x = map(float, spacing)
+    image = nibabel.Nifti1Image(np.asfortranarray(volume.T, dtype), None)
+    image.header.set_zooms((x, y, 1.0)[:volume.ndim])
+    image.header.set_xyzt_units("mm")
+    image.set_sform(np.diag([-x, -y, 1, 1]), code=1)
+    image.set_qform(np.diag([-x, -y, 1, 1]), code=1)
+    nibabel.save(image, path)

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from usjepa_nb import objectives, weights
-from usjepa_nb.controls import Supervised, UNet
+from usjepa_nb.controls import FrameEncoder, ImageNet, Supervised, UNet
 from usjepa_nb.profile import END_TO_END, ROOT
 
 METHODS = {"prior": "shape prior", "random": "frozen random encoder", "initial": "initial weights, not adapted",
+           "imagenet": "ImageNet ViT, frame by frame",
            "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL", "finetuned": "fine-tuned",
            "supervised": "supervised, end to end", "unet": "U-Net, end to end"}
-UNTRAINED = ("random", "initial")
+UNTRAINED = ("random", "initial", "imagenet")
+PRETRAINED = ("videomae", "vjepa", "vjepa_ll")
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
-NEVER = ("name", "fractions", "lams", "freezes", "end_to_end", "accelerator", "devices", "log_every", "finetune_lr",
+NEVER = ("name", "unlabelled", "accelerator", "devices", "log_every", "finetune_lr",
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",
@@ -30,7 +32,8 @@ OF_LL = ("pairs", "ll_on")
 
 def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> dict:
     """The description that a run's folder is hashed from. For "finetuned", lam and freeze are those of the V-JEPA
-    that it starts from.
+    that it starts from. `fraction` counts where a run sees that share (%) of the training patients alone: their labels
+    in what learns end to end, their images in pre-training where the profile says so (`unlabelled: fraction`).
 
     Raises:
         ValueError: an unknown method, or a lam or freeze that the method does not have.
@@ -46,10 +49,13 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
     leave = NEVER + {"videomae": OF_VJEPA, "vjepa": OF_VIDEOMAE + OF_LL, "vjepa_ll": OF_VIDEOMAE,
                      "finetuned": OF_VIDEOMAE, "initial": OF_VIDEOMAE + OF_LL}.get(method, OF_VJEPA + OF_VIDEOMAE)
     settings = {k: v for k, v in dataclasses.asdict(p).items() if k not in leave}
+    few = method in END_TO_END or (p.unlabelled == "fraction" and fraction < 100 and method in PRETRAINED)
     if method == "videomae":
         settings |= {"steps": p.videomae_steps, "lr": p.videomae_lr}
     if method in ADAPTED + ("initial",) and p.init == "videomae":
         settings["videomae"] = {k: describe(lab, "videomae")[k] for k in ("settings", "init")}
+    if method == "imagenet":
+        settings["model"] = FrameEncoder.MODEL
     if method == "finetuned":
         settings["base"] = {"steps": p.steps, "lr": p.lr, "encoder_lr": p.encoder_lr}
         settings["encoder_lr"] = 1.0
@@ -60,7 +66,7 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
              for key in ("init", "init_videomae") if key in settings and (ROOT / getattr(p, key)).is_file()}
     return {"method": method, "lam": float(lam), "freeze": freeze, "seed": lab.seed, "data": lab.store.data_hash,
             "code": version("usjepa-nb"), "init": files, "frames": lab.frames,
-            "fraction": fraction if method in END_TO_END else None, "settings": settings}
+            "fraction": fraction if few else None, "settings": settings}
 
 
 def label(spec: dict) -> str:
@@ -77,13 +83,16 @@ def build(lab, spec: dict) -> nn.Module:
     """The untrained objective of a run; weights are drawn from the run's seed, or come from where `init` says."""
     p, method = lab.profile, spec["method"]
     if method == "finetuned":
-        base = lab.encoder("vjepa_ll" if spec["lam"] < 1 else "vjepa", spec["lam"], spec["freeze"]).encoder
+        base = lab.encoder("vjepa_ll" if spec["lam"] < 1 else "vjepa", spec["lam"], spec["freeze"],
+                           spec["fraction"]).encoder
     elif p.init == "videomae" and method in ("initial", "vjepa", "vjepa_ll"):
-        base = lab.encoder("videomae").encoder
+        base = lab.encoder("videomae", fraction=spec["fraction"] or 100).encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec["seed"])
         if method == "unet":
             return UNet()
+        if method == "imagenet":
+            return ImageNet(p, lab.frames)
         if method == "videomae":
             objective = objectives.VideoMAE(p, lab.frames, objectives.make_encoder(p, lab.frames, p.decoder_positions))
             return fill(objective, p.init_videomae, decoder=objective.decoder)

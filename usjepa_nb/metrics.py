@@ -92,6 +92,11 @@ def video_scores(pred, true):
     return {name: {**row, "mean": _mean(list(row.values()))} for name, row in scores.items()}
 
 
+def mean_dsc(pred, true):
+    """Mean DSC over the foreground classes that are there, the frames [T, H, W] pooled; nan without any frame."""
+    return _mean([dsc(pred, true, label) for label in CLASSES])
+
+
 def surface_distances(pred, true, spacing, labels=CLASSES):
     """Distances in mm between the outlines of one frame, by MONAI (outline: the mask less its erosion).
 
@@ -180,7 +185,7 @@ def paired(a, b, seed=0):
 
     Returns:
         difference: mean of a - b; low, high: its 95 % bootstrap interval (BCa, 9999 resamples of patients);
-        wilcoxon_p, t_p: two-sided; n: pairs used. Where all pairs are equal both p are 1 (SciPy says nan).
+        wilcoxon_p, t_p: two-sided; d_z: Cohen's effect size for pairs, mean over SD; n: pairs used. Where all pairs are equal both p are 1 (SciPy says nan).
     """
     from scipy import stats
 
@@ -189,7 +194,7 @@ def paired(a, b, seed=0):
         raise ValueError(f"a has shape {a.shape} and b {b.shape}: give one value per patient.")
     delta = (a - b)[~np.isnan(a - b)]
     n, difference = delta.size, _mean(delta)
-    row = dict.fromkeys(["difference", "low", "high", "wilcoxon_p", "t_p"], np.nan)
+    row = dict.fromkeys(["difference", "low", "high", "wilcoxon_p", "t_p", "d_z"], np.nan)
     row |= {"difference": difference, "n": n}
     if n < 2:
         return row
@@ -199,4 +204,15 @@ def paired(a, b, seed=0):
     else:
         low, high = stats.bootstrap((delta,), np.mean, rng=np.random.default_rng(seed)).confidence_interval
         t_p = stats.ttest_1samp(delta, 0).pvalue
-    return row | {"low": float(low), "high": float(high), "wilcoxon_p": float(wilcoxon_p), "t_p": float(t_p)}
+    d_z = difference / delta.std(ddof=1) if np.ptp(delta) >= 1e-12 else np.nan
+    return row | {"low": float(low), "high": float(high), "wilcoxon_p": float(wilcoxon_p), "t_p": float(t_p),
+                  "d_z": float(d_z)}
+
+
+def holm(p):
+    """Holm's step-down correction of a family of p values [n]; nan stays and does not count as a test."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: int((~np.isnan(p)).sum())]  # nan is sorted to the end
+    corrected = np.full(p.shape, np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return corrected

@@ -7,24 +7,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from usjepa_nb import parallel
 from usjepa_nb.anatomy import VIEWS
 from usjepa_nb.echo import QUALITY, render
+from usjepa_nb.images import save_nifti
 
 VERSION = 2  # raise it whenever the same arguments would give other bits
-
-
-def save_nifti(path, volume, spacing):
-    """uint8 [T, H, W] or [H, W] -> NIfTI as CAMUS has it: float32, (W, H[, T]), affine diag(-s, -s, 1)."""
-    image = nib.Nifti1Image(np.asfortranarray(volume.T, np.float32), None)
-    image.header.set_zooms((spacing, spacing, 1.0)[:volume.ndim])
-    image.header.set_xyzt_units("mm")
-    image.set_sform(np.diag([-spacing, -spacing, 1, 1]), code=1)
-    image.set_qform(np.diag([-spacing, -spacing, 1, 1]), code=1)
-    nib.save(image, path)
 
 
 def write_patient(number, root, seed, spacing):
@@ -48,7 +38,7 @@ def write_view(folder, stem, view, d):
     for suffix, images in (("", d["frames"]), ("_gt", d["masks"])):
         stored = images[::-1] if d["reverse"] else images
         for part, volume in (("half_sequence", stored), ("ED", images[0]), ("ES", images[-1])):
-            save_nifti(folder / f"{stem}_{part}{suffix}.nii.gz", volume, d["spacing"])
+            save_nifti(folder / f"{stem}_{part}{suffix}.nii.gz", volume, (d["spacing"],) * 2)
     total = len(d["frames"])
     ed, es = (total, 1) if d["reverse"] else (1, total)
     facts = {"ED": ed, "ES": es, "NbFrame": total, "Sex": d["sex"], "Age": d["age"],

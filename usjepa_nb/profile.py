@@ -66,6 +66,7 @@ class Profile:
     ll_on: str
     # pre-training
     augmentation: str
+    unlabelled: str
     batch: int
     steps: int
     warmup: float
@@ -88,11 +89,6 @@ class Profile:
     supervised_steps: int
     supervised_lr: float
     finetune_lr: float
-    # grid
-    fractions: tuple[int, ...]
-    lams: tuple[float, ...]
-    freezes: tuple[int, ...]
-    end_to_end: tuple[str, ...]
     # machine
     precision: str
     accelerator: str
@@ -103,7 +99,7 @@ class Profile:
         choices = {"clip_rule": ("cover", "step"), "mask": ("multiblock", "tube"), "ll_on": ("predicted", "context"),
                    "decoder_positions": ("sincos1d", "sincos3d"),
                    "mask_rule": ("random", "first", "pad"),
-                   "augmentation": ("none", "mild", "published"),
+                   "augmentation": ("none", "mild", "published"), "unlabelled": ("all", "fraction"),
                    "precision": ("32-true", "bf16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -132,11 +128,6 @@ class Profile:
             self.refuse("init", "V-JEPA's positions are (t, y, x): set decoder_positions to sincos3d for VideoMAE too")
         if not 1 <= self.target_layers <= self.depth:
             self.refuse("target_layers", f"it must lie in 1…depth ({self.depth})")
-        for key, low, high in (("fractions", 1, 100), ("lams", 0, 1), ("freezes", 0, self.depth)):
-            if not getattr(self, key) or not all(low <= v <= high for v in getattr(self, key)):
-                self.refuse(key, f"its values must lie in {low}…{high}")
-        if not set(self.end_to_end) <= set(END_TO_END):
-            self.refuse("end_to_end", f"choose among {', '.join(END_TO_END)}")
         for width, heads in ((self.width, self.heads), (self.predictor_width, self.predictor_heads),
                              (self.decoder_width, self.decoder_heads)):
             if width % heads:
@@ -192,7 +183,6 @@ def typed(path: Path, key: str, value, kind: str):
     """Check a YAML value against a field's annotation; whole numbers may stand for floats, lists for tuples."""
     if kind.startswith("tuple") and isinstance(value, list | tuple):
         kinds = kind[len("tuple["):-1].split(", ")
-        kinds = kinds[:1] * len(value) if kinds[-1] == "..." else kinds
         if len(kinds) == len(value) and all(type(v).__name__ == k or (type(v) is int and k == "float")
                                             for v, k in zip(value, kinds, strict=True)):
             return tuple(float(v) if k == "float" else v for v, k in zip(value, kinds, strict=True))

@@ -79,13 +79,17 @@ class Lab(Dataset):
         """An encoder of the method, loaded from disk or else trained, with a line that says which.
 
         Args:
-            fraction: for methods that learn from labels, the share (%) of the training patients whose labels they see.
+            fraction: share (%) of the training patients, where a run sees no others, see `methods.describe`.
         """
         spec = self.spec(method, lam, freeze, fraction)
         key = digest(spec)
         if key not in self.loaded:
             *_, self.loaded[key] = self.training(method, lam, freeze, fraction)
         return self.loaded[key]
+
+    def trained(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> bool:
+        """Whether `encoder` would find its run finished on disk."""
+        return (self.folder(self.spec(method, lam, freeze, fraction)) / "run.json").exists()
 
     def training(self, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> Iterator[Run]:
         """The same, step by step for live figures: yields the run every `log_every` steps; the last is finished."""
@@ -139,7 +143,8 @@ class Lab(Dataset):
                 index = torch.randint(len(grey), (n,), generator=generator)
                 return grey[index], masks[index]
         else:
-            batches = self.batches(self.store.rows("train"))
+            few = spec["fraction"]  # None: all of them, with and without labels
+            batches = self.batches(self.labelled(few) if few else self.store.rows("train"))
         rows, begun, first = [], time.time(), pretrain.steps_done(checkpoint)
         for row in pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch):
             rows.append(row)

@@ -28,18 +28,19 @@ class Segmentation:
     rows: np.ndarray  # store rows, in the order of the predictions
     best: np.ndarray  # uint8 [n, T, S, S], step chosen on validation
     last: np.ndarray  # uint8 [n, T, S, S], after the last step
-    scores: pd.DataFrame  # a row per video and `which` ("best" | "last"): patient, view, split, dsc, dsc_1, …
+    scores: pd.DataFrame  # a row per video and `which` ("best" | "last"), see `scores`
     history: list[dict]  # of the probe: step, loss, val_dsc
     seconds: float
 
 
 def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, freeze: int = 0,
-                 online: bool = False) -> Segmentation:
+                 online: bool = False, train: bool = True) -> Segmentation | None:
     """Segment with a probe trained on `fraction` % of the training patients' labels.
 
     Args:
         method: a key of `methods.METHODS`. "prior" looks at no image, `methods.END_TO_END` need no probe.
         online: probe V-JEPA's online encoder instead of its EMA target.
+        train: where it is not on disk make it; else the answer is None.
     """
     if online and method not in ("vjepa", "vjepa_ll"):
         raise ValueError(f"online = True is not possible for {method!r}: only V-JEPA has two encoders")
@@ -51,6 +52,8 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     spec = lab.spec(method, lam, freeze, fraction)
     tag = digest([{k: getattr(lab.profile, k) for k in PROBING}, fraction, lab.seed, online])
     path = lab.folder(spec) / f"segmentation-{fraction}pc-{tag}.npz"
+    if not path.exists() and not train:
+        return None
     if not path.exists():
         run, begun = lab.encoder(method, lam, freeze, fraction), time.time()
         best, last, history = segment(lab, run, rows, fraction, run.objective.encoder if online else None)
@@ -101,13 +104,24 @@ def shape_prior(lab: Lab, rows: np.ndarray, fraction: int) -> np.ndarray:
 
 
 def scores(lab: Lab, spec: dict, rows: np.ndarray, best: np.ndarray, last: np.ndarray) -> pd.DataFrame:
-    """Scores per video against the reference, for the best-on-validation and the last probe."""
+    """Scores per video against the reference, for the best-on-validation and the last probe.
+
+    Columns dsc, jaccard, ppv, recall: mean over the three foreground classes, all labelled frames of a video pooled;
+    dsc_1 … for a class. dsc_ed, dsc_es, dsc_between: the same mean DSC on the ED frame, on the ES frame, and on the frames
+    between, whose reference CAMUS is said to have interpolated.
+    """
     _, masks = lab.clips(rows)
     table = lab.store.table.loc[rows, ["patient", "view", "split", "quality"]]
+    moments = []
+    for row in rows:
+        ed, es = lab.instants(row)
+        between = [k for k in range(lab.frames) if min(ed, es) < k < max(ed, es)]
+        moments.append({"ed": [ed], "es": [es], "between": between})
     out = []
     for which, predicted in (("best", best), ("last", last)):
-        for (_, meta), p, m in zip(table.iterrows(), predicted, masks, strict=True):
+        for (_, meta), p, m, at in zip(table.iterrows(), predicted, masks, moments, strict=True):
             flat = {f"{name}{'' if key == 'mean' else f'_{key}'}": value
                     for name, values in metrics.video_scores(p, m).items() for key, value in values.items()}
-            out.append({"method": label(spec), **meta, "which": which, **flat})
+            parts = {f"dsc_{part}": metrics.mean_dsc(p[frames], m[frames]) for part, frames in at.items()}
+            out.append({"method": label(spec), **meta, "which": which, **flat, **parts})
     return pd.DataFrame(out)

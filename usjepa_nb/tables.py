@@ -1,0 +1,172 @@
+"""The paper's two tables: scores of a grid's cells, over seeds, paired over patients, with whatever is missing.
+
+`python -m usjepa_nb.tables PROFILE [SEED] [GRID] [DATA]` prints table 2 and writes summary.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import torch
+
+from usjepa_nb import metrics
+from usjepa_nb.grid import Cell
+from usjepa_nb.methods import END_TO_END, UNTRAINED
+from usjepa_nb.profile import ROOT
+from usjepa_nb.runs import Lab, write_text
+from usjepa_nb.segment import segmentation
+from usjepa_nb.weights import WeightsError
+
+PACKAGES = ("usjepa-nb", "torch", "timm", "lightning-fabric", "numpy", "scipy", "h5py", "nibabel")
+
+
+def seeded(lab: Lab, seeds: int) -> list[Lab]:
+    """The lab, and the same with the seeds that follow; data and store are shared."""
+    labs = [copy.copy(lab) for _ in range(seeds)]
+    for k, other in enumerate(labs):
+        other.seed, other.loaded = lab.seed + k, {}
+    return labs
+
+
+def collect(lab: Lab, cells: Iterable[Cell], fractions: Iterable[int], seeds: int = 1,
+            train: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores per video of every cell, share of labels and seed, and what is missing.
+
+    Args:
+        train: make what is not on disk; else it is missing. Weights that cannot be had are missing either way.
+
+    Returns:
+        scores: `segment.scores` with columns cell, lam, freeze, fraction, seed and seconds before it.
+        missing: cell, fraction, seed, reason.
+    """
+    found, missing = [], []
+    for one in seeded(lab, seeds):
+        for cell in cells:
+            reason = ""  # why this cell is missing
+            for fraction in sorted(fractions, reverse=True):
+                try:
+                    s = None if reason else segmentation(one, cell.method, fraction, cell.lam, cell.freeze, train=train)
+                except WeightsError as e:
+                    s, reason = None, str(e)
+                if s is None:
+                    missing.append({"cell": cell.id, "fraction": fraction, "seed": one.seed,
+                                    "reason": reason or "not on disk"})
+                    continue
+                found.append(s.scores.assign(cell=cell.id, key=cell.method, lam=cell.lam, freeze=cell.freeze,
+                                             fraction=fraction, seed=one.seed, seconds=s.seconds))
+    if not found:
+        first = missing[0]["reason"] if missing else "no cells were asked for"
+        raise ValueError(f"there is nothing to show: {first}; run the cells first (make table1, make table2), or let this "
+                         'train them: missing = "train"')
+    return pd.concat(found, ignore_index=True), pd.DataFrame(missing, columns=["cell", "fraction", "seed", "reason"])
+
+
+def per_patient(scores: pd.DataFrame, split: str, which: str = "best", score: str = "dsc") -> pd.Series:
+    """One value per (method, fraction, patient): the views of a patient averaged first, then the seeds."""
+    chosen = scores[(scores.split == split) & (scores.which == which)]
+    per_seed = chosen.groupby(["method", "fraction", "patient", "seed"], sort=False)[score].mean()
+    return per_seed.groupby(["method", "fraction", "patient"], sort=False).mean()
+
+
+def compare(values: pd.Series, pairs: Iterable[tuple[str, str]], fractions: Iterable[int]) -> pd.DataFrame:
+    """Paired differences a - b over patients for each share of labels, `metrics.paired`, and Holm over all of them.
+
+    Args:
+        values: as `per_patient`. A pair of which one side is missing is left out.
+    """
+    wide = values.unstack("patient")
+    rows = [{"a": a, "b": b, "fraction": f, **metrics.paired(wide.loc[a, f].to_numpy(), wide.loc[b, f].to_numpy())}
+            for f in fractions for a, b in pairs if {(a, f), (b, f)} <= set(wide.index)]
+    names = ["a", "b", "fraction", "difference", "low", "high", "d_z", "wilcoxon_p", "t_p", "n"]
+    table = pd.DataFrame(rows, columns=names)
+    return table.assign(holm_p=metrics.holm(table.wilcoxon_p))
+
+
+def interval(values: pd.Series) -> pd.DataFrame:
+    """Mean over patients and its 95 % bootstrap interval: columns method, fraction, dsc, lo, hi."""
+    rows = []
+    for (method, fraction), v in values.groupby(["method", "fraction"], sort=False):
+        one = metrics.paired(v.to_numpy(), np.zeros(len(v)))
+        rows.append({"method": method, "fraction": fraction, "dsc": v.mean(), "lo": one["low"], "hi": one["high"]})
+    return pd.DataFrame(rows, columns=["method", "fraction", "dsc", "lo", "hi"])
+
+
+def rows(scores: pd.DataFrame, cells: Iterable[Cell], split: str, which: str = "best") -> pd.DataFrame:
+    """Mean ± SD over the videos of a split: a row per cell (in their order), share of labels and seed."""
+    chosen = scores[(scores.split == split) & (scores.which == which)]
+    at = {c.id: k for k, c in enumerate(cells)}
+    chosen = chosen.assign(at=chosen.cell.map(at)).dropna(subset="at").sort_values("at", kind="stable")
+    groups = chosen.groupby(["method", "cell", "key", "lam", "freeze", "fraction", "seed"], sort=False)
+    means = groups[[*metrics.SCORES, "dsc_1", "dsc_2", "dsc_3", "dsc_ed", "dsc_es", "dsc_between", "seconds"]].mean()
+    spread = groups[[*metrics.SCORES]].std().add_suffix("_sd")
+    table = pd.concat([groups.size().rename("videos"), means, spread], axis=1).reset_index()
+    return table.assign(split=split, probe=which)
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" where files differ from it; empty outside of one."""
+    git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        return ""
+
+
+def write(lab: Lab, grid: str = "walk") -> dict:
+    """Write summary.json with both tables, what is missing, provenance and seconds per stage; what it holds."""
+    g = lab.grid(grid)
+    scores, missing = collect(lab, g.cells, g.fractions, g.seeds, train=False)
+    trained = {}
+    for other in seeded(lab, g.seeds):
+        for c in (c for c in g.cells if c.method not in (*UNTRAINED, "prior")):
+            for f in g.fractions if c.method in END_TO_END else (100,):
+                file = other.folder(other.spec(c.method, c.lam, c.freeze, f)) / "run.json"
+                if file.exists():
+                    name = f"train {c.id}" + (f" {f}%" if c.method in END_TO_END else "") + f" seed {other.seed}"
+                    trained[name] = json.loads(file.read_text())["seconds"]
+    as_json = lambda table: json.loads(table.to_json(orient="records"))  # noqa: E731
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    content = {"profile": lab.profile.name, "grid": g.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
+               "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note,
+               "seeds": [lab.seed + k for k in range(g.seeds)], "commit": commit(),
+               "machine": f"{platform.machine()}, Python {platform.python_version()}" + (f", {gpu}" if gpu else ""),
+               "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
+               "table1": as_json(rows(scores, g.table1, "val")),
+               "rows": as_json(rows(scores, g.table2, "test"))}
+    folder = lab.results(grid)
+    folder.mkdir(parents=True, exist_ok=True)
+    for where in [folder] + [lab.cache / "runs" / lab.profile.name] * (grid == "walk"):
+        write_text(where / "summary.json", json.dumps(content, indent=1))
+    return content
+
+
+def main(profile: str = "tiny", seed: str = "0", grid: str = "walk", data: str = "") -> None:
+    lab = Lab(profile, data, seed=int(seed))
+    content = write(lab, grid)
+    kind = "ED/ES only" if lab.store.ed_es_only else "video"
+    seeds = f"{len(content['seeds'])} seeds" if len(content["seeds"]) > 1 else "one seed"
+    for key, split, title in (("table1", "validation", "Table 1"), ("rows", "test", "Table 2")):
+        table = pd.DataFrame(content[key])
+        if not len(table) or (key == "table1" and grid == "walk"):
+            continue
+        shown = table.groupby(["method", "fraction"], sort=False).dsc.mean().unstack()
+        shown = shown[sorted(shown.columns, reverse=True)].rename(columns=lambda f: f"DSC, {f} % of labels")
+        print(f"\n{title}: mean DSC over {table.videos.iloc[0]} {split} videos ({lab.data_name}, {kind}, {seeds}):\n")
+        print(shown.to_string(float_format=lambda v: f"{v:.3f}", na_rep="missing"))
+    for (cell, reason), g in pd.DataFrame(content["missing"] or {"cell": [], "reason": []}).groupby(["cell", "reason"]):
+        print(f"missing: {cell} ({len(g)} of its scores): {reason}")
+    where = lab.results(grid)
+    where = where.relative_to(lab.cache.parent) if where.is_relative_to(lab.cache.parent) else where
+    print(f"\nExecuted notebooks and their HTML: {where}\nThe same table with all scores: {where / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
