@@ -40,6 +40,15 @@ VARIANTS = {
     "adapted-vjepa": ("V-JEPA from the shipped V-JEPA weights", "vjepa", {"init": "weights/vjepa-phantom.pt"}),
     "adapted": ("VideoMAE from the shipped weights, then V-JEPA", "vjepa", ADAPTED),
     "adapted-ll-0.25": ("the same with LL as in the paper, λ 0.25", "vjepa_ll", {**ADAPTED, "lam": 0.25}),
+    "supervised": ("end to end from labels, lr 2e-3, 300 steps", "supervised", {}),
+    "supervised-5e-4": ("end to end from labels, lr 5e-4", "supervised", {"supervised_lr": 5e-4}),
+    "supervised-900": ("end to end from labels, 900 steps", "supervised", {"supervised_steps": 900}),
+    "finetuned": ("fine-tuned from V-JEPA, lr 1e-3, 300 steps", "finetuned", ADAPTED),
+    "finetuned-5e-4": ("fine-tuned from V-JEPA, lr 5e-4", "finetuned", {**ADAPTED, "finetune_lr": 5e-4}),
+    "finetuned-2e-3": ("fine-tuned from V-JEPA, lr 2e-3", "finetuned", {**ADAPTED, "finetune_lr": 2e-3}),
+    "finetuned-900": ("fine-tuned from V-JEPA, 900 steps", "finetuned", {**ADAPTED, "supervised_steps": 900}),
+    "unet": ("MONAI's U-Net, 300 steps", "unet", {}),
+    "unet-900": ("MONAI's U-Net, 900 steps", "unet", {"supervised_steps": 900}),
     "recipe": ("the recipe: VideoMAE, then V-JEPA", "vjepa", {}),
     "last-layer": ("target: last layer, as published", "vjepa", {"target_layers": 1}),
     "not-centred": ("target: not centred", "vjepa", {"centre": 0.0}),
@@ -171,6 +180,8 @@ def tune(data, seeds, only):
             write_text(out, json.dumps([*rows, row], indent=1))
 
 
+# The frozen recipe: VideoMAE from the shipped weights, then V-JEPA, both on the training patients of the data judged.
+RECIPE = SIZE | ADAPTED
 # method -> what `segmentation` takes, and the settings that differ
 JUDGED = {"prior": ({}, {}), "random": ({}, {}), "videomae": ({}, {}), "vjepa": ({}, {}),
           "vjepa_ll": ({"lam": 0.25}, {}), "vjepa_ll 0.9": ({"lam": 0.9}, {}),
@@ -185,12 +196,13 @@ def judge(data, seeds, only):
     for seed in seeds:
         for name in only or JUDGED:
             what, changes = JUDGED[name]
-            lab = Judged("tiny", data, seed=seed, **SIZE | changes)
+            lab = Judged("tiny", data, seed=seed, **RECIPE | changes)
             for fraction in FRACTIONS:
                 if ((rows.method == name) & (rows.seed == seed) & (rows.fraction == fraction)).any():
                     continue
                 dsc = per_patient(lab, name.split()[0], fraction, "test", **what)
                 print(f"{name} {fraction} % seed {seed}: {dsc.mean():.3f}", flush=True)
+                rows = pd.read_csv(out) if out.exists() else rows  # others may have written meanwhile
                 new = pd.DataFrame({"method": name, "seed": seed, "fraction": fraction, "patient": dsc.index,
                                     "dsc": dsc.round(5).to_numpy()})
                 rows = pd.concat([rows, new], ignore_index=True)
