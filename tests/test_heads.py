@@ -81,7 +81,7 @@ def test_values_are_regressed_in_their_unit():
     z[..., 0] += torch.from_numpy(task.labels - 100).float()[:, None] / 60
     guess = heads.attentive(task, z, torch.ones(48, 6, dtype=torch.bool), 2, steps=120, lr=2e-3)
     error = np.abs(guess - task.labels[task.part("test")]).mean()
-    assert guess.shape == (12,) and error < 15  # levels lie 66 apart
+    assert guess.shape == (12,) and error < 20  # levels lie 66 apart
 
 
 def test_validation_chooses_the_step_and_test_labels_have_no_part(needle):

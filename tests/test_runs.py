@@ -591,6 +591,18 @@ def test_damaged_features_are_named(mine):
         segmentation(mine, "random")
 
 
+@pytest.mark.parametrize("method", ["random", "unet"])
+def test_a_predictor_draws_what_the_segmentation_holds_and_is_kept(mine, monkeypatch, method):
+    made = segmentation(mine, method, 10)
+    clips, _ = mine.clips(made.rows)
+    assert (segment.predictor(mine, mine.encoder(method, fraction=10), 10)(clips) == made.best).all()
+    monkeypatch.setattr(probe, "fit", forbidden)
+    monkeypatch.setattr(pretrain, "train", forbidden)
+    second = again(mine)
+    predict = segment.predictor(second, second.encoder(method, fraction=10), 10)
+    assert (predict(clips[:3]) == made.best[:3]).all() and predict(255 - clips).shape == made.best.shape
+
+
 def test_what_is_not_on_disk_is_not_made_where_that_was_asked(mine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(segment, "segment", forbidden)

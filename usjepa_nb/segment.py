@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from usjepa_nb import metrics, probe
 from usjepa_nb.dataset import digest
 from usjepa_nb.methods import END_TO_END, label
+from usjepa_nb.pretrain import save
 from usjepa_nb.runs import Lab, Run
 from usjepa_nb.vit import Encoder
+from usjepa_nb.weights import read
 
 PROBING = ("probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 
@@ -33,6 +37,16 @@ class Segmentation:
     seconds: float
 
 
+def labelled_rows(lab: Lab) -> np.ndarray:
+    """Store rows of the validation and test clips, in the order of all predictions."""
+    return np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
+
+
+def probing(lab: Lab, fraction: int, online: bool = False) -> str:
+    """A short name for what shapes a probe beside its encoder."""
+    return digest([{k: getattr(lab.profile, k) for k in PROBING}, fraction, lab.seed, online])
+
+
 def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, freeze: int = 0,
                  online: bool = False, train: bool = True) -> Segmentation | None:
     """Segment with a probe trained on `fraction` % of the training patients' labels.
@@ -44,14 +58,13 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     """
     if online and method not in ("vjepa", "vjepa_ll"):
         raise ValueError(f"online = True is not possible for {method!r}: only V-JEPA has two encoders")
-    rows = np.concatenate([lab.store.rows(s, labelled=True) for s in ("val", "test")])
+    rows = labelled_rows(lab)
     if method == "prior":
         begun, guess = time.time(), shape_prior(lab, rows, fraction)
         spec = {"method": "prior", "lam": 1.0, "freeze": 0, "seed": lab.seed}
         return Segmentation(spec, rows, guess, guess, scores(lab, spec, rows, guess, guess), [], time.time() - begun)
     spec = lab.spec(method, lam, freeze, fraction)
-    tag = digest([{k: getattr(lab.profile, k) for k in PROBING}, fraction, lab.seed, online])
-    path = lab.folder(spec) / f"segmentation-{fraction}pc-{tag}.npz"
+    path = lab.folder(spec) / f"segmentation-{fraction}pc-{probing(lab, fraction, online)}.npz"
     if not path.exists() and not train:
         return None
     if not path.exists():
@@ -68,17 +81,22 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
 
 def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None) -> tuple:
     """Predictions of best and last probe on `rows`, and the probe's history."""
-    p = lab.profile
     if run.spec["method"] in END_TO_END:  # its decoder was trained with it
-        model = run.objective.to(lab.device)
-        with torch.no_grad():
-            parts = [model.logits(grey.float().to(lab.device)).argmax(1).byte().cpu()
-                     for grey in torch.from_numpy(lab.clips(rows)[0]).split(16)]
-        model.to("cpu")
-        predicted = torch.cat(parts).numpy()
+        predicted = predictor(lab, run)(lab.clips(rows)[0])
         return predicted, predicted, []
-    train = lab.labelled(100)
-    everything = np.concatenate([train, rows])
+    cache, fitted = fit_probe(lab, run, rows, fraction, online)
+    at = slice(len(lab.labelled(100)), None)
+    predicted = []
+    for which in ("best", "last"):
+        fitted["probe"].load_state_dict(fitted[which])
+        predicted.append(probe.predict(fitted["probe"], cache.features[at], cache.seen[at]).numpy())
+    return *predicted, fitted["history"]
+
+
+def fit_probe(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None = None) -> tuple:
+    """Cached features of the labelled training clips and of `rows`, and what `probe.fit` makes of them."""
+    p = lab.profile
+    everything = np.concatenate([lab.labelled(100), rows])
     grey, masks = lab.clips(everything)
     cached = run.folder / ("features.h5" if online is None else "features-online.h5")
     if not cached.exists():
@@ -86,14 +104,42 @@ def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder
     cache = probe.Cache(cached)
     labelled = np.flatnonzero(np.isin(everything, lab.labelled(fraction)))
     val = np.flatnonzero(np.isin(everything, lab.store.rows("val", labelled=True)))
-    fitted = probe.fit(cache, torch.from_numpy(masks), labelled, val, p.grid(lab.frames), p, seed=lab.seed,
-                       device=lab.device)
-    at = slice(len(train), None)
-    predicted = []
-    for which in ("best", "last"):
-        fitted["probe"].load_state_dict(fitted[which])
-        predicted.append(probe.predict(fitted["probe"], cache.features[at], cache.seen[at]).numpy())
-    return *predicted, fitted["history"]
+    return cache, probe.fit(cache, torch.from_numpy(masks), labelled, val, p.grid(lab.frames), p, seed=lab.seed,
+                            device=lab.device)
+
+
+def predictor(lab: Lab, run: Run, fraction: int = 100) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from any clips, uint8 [n, T, S, S], to their masks: what scores corrupted or foreign clips.
+
+    The probe that was best on validation is loaded from the run's folder, or fitted once more and kept there.
+    """
+    p = lab.profile
+    if run.spec["method"] in END_TO_END:
+        model = run.objective.eval()
+        logits = model.logits
+    else:
+        path = run.folder / f"probe-{fraction}pc-{probing(lab, fraction)}.pt"
+        if not path.exists():
+            _, fitted = fit_probe(lab, run, labelled_rows(lab), fraction)
+            save(path, {"best": fitted["best"]})
+        encoder = run.encoder.eval()
+        model = probe.SegmentationProbe(p.grid(lab.frames), p.tubelet_size, encoder.width, p.heads, p.probe_width)
+        model.load_state_dict(read(path)["best"])
+        model = nn.ModuleList([encoder, model.eval()])
+
+        def logits(grey):
+            features, seen = probe.encode(encoder, grey, p.sector_aware)
+            return model[1](features.half(), seen)  # half precision, as the features that it learned from
+
+    @torch.no_grad()
+    def predict(clips: np.ndarray) -> np.ndarray:
+        model.to(lab.device)
+        parts = [logits(grey.float().to(lab.device)).argmax(1).byte().cpu()
+                 for grey in torch.from_numpy(clips).split(16)]
+        model.to("cpu")
+        return torch.cat(parts).numpy()
+
+    return predict
 
 
 def shape_prior(lab: Lab, rows: np.ndarray, fraction: int) -> np.ndarray:
@@ -107,8 +153,8 @@ def scores(lab: Lab, spec: dict, rows: np.ndarray, best: np.ndarray, last: np.nd
     """Scores per video against the reference, for the best-on-validation and the last probe.
 
     Columns dsc, jaccard, ppv, recall: mean over the three foreground classes, all labelled frames of a video pooled;
-    dsc_1 … for a class. dsc_ed, dsc_es, dsc_between: the same mean DSC on the ED frame, on the ES frame, and on the frames
-    between, whose reference CAMUS is said to have interpolated.
+    dsc_1 … for a class. dsc_ed, dsc_es, dsc_between: the same mean DSC on the ED frame, on the ES frame, and on the
+    frames between, whose reference CAMUS is said to have interpolated.
     """
     _, masks = lab.clips(rows)
     table = lab.store.table.loc[rows, ["patient", "view", "split", "quality"]]
