@@ -16,8 +16,11 @@ OTHER = {"predictor_width": 64, "predictor_depth": 2, "predictor_heads": 1, "ini
          "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "decoder_positions": "sincos1d",
          "init_videomae": "a.pt", "tube_ratio": 0.8, "width": 64, "batch": 2, "steps": 7, "lr": 0.5,
          "videomae_steps": 7, "videomae_lr": 0.5, "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.25,
-         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "unlabelled": "fraction"}
+         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "unlabelled": "fraction", "teacher": "a.pt", "init_student": "a.pt", "teacher_width": 64,
+         "teacher_depth": 3, "teacher_heads": 4, "teacher_steps": 7}
 LL, COMMON = {"pairs", "ll_on"}, {"width", "batch"}
+SALT, MASKS = set(methods.OF_SALT), set(methods.MASKS)
+NOT_SALTS = {"init", "ema", "encoder_lr"}
 VJEPA = set(methods.OF_VJEPA) - LL
 VIDEOMAE, LABELS = set(methods.OF_VIDEOMAE), {"supervised_steps", "probe_width"}
 MATTERS = {  # method: what must make another run, what must not
@@ -26,12 +29,19 @@ MATTERS = {  # method: what must make another run, what must not
     ("supervised", 1.0): (COMMON | LABELS | {"supervised_lr"}, VJEPA | LL | VIDEOMAE | {"steps", "lr", "finetune_lr"}),
     ("finetuned", 1.0): (COMMON | VJEPA | LABELS | {"finetune_lr", "steps", "lr"}, VIDEOMAE | {"supervised_lr"}),
     ("finetuned", 0.5): (COMMON | VJEPA | LL | LABELS | {"finetune_lr", "steps", "lr"}, VIDEOMAE | {"supervised_lr"}),
-    ("vjepa", 1.0): (COMMON | VJEPA | {"steps", "lr"}, VIDEOMAE | LL | LABELS | {"supervised_lr", "finetune_lr"}),
+    ("vjepa", 1.0): (COMMON | VJEPA | {"steps", "lr"}, SALT | VIDEOMAE | LL | LABELS | {"supervised_lr", "finetune_lr"}),
     ("vjepa_ll", 0.5): (COMMON | VJEPA | LL | {"steps", "lr"}, VIDEOMAE | LABELS | {"supervised_lr", "finetune_lr"}),
     ("videomae", 1.0): (COMMON | VIDEOMAE | {"videomae_steps", "videomae_lr"},
                         VJEPA | LL | LABELS | {"steps", "lr", "supervised_lr", "finetune_lr"}),
     ("initial", 1.0): ({"width", "init"}, VIDEOMAE | LL | LABELS | {"supervised_lr", "finetune_lr"}),
-    ("random", 1.0): ({"width"}, VJEPA | LL | VIDEOMAE | LABELS | {"supervised_lr", "finetune_lr"}),
+    ("salt", 1.0): (COMMON | (VJEPA - NOT_SALTS) | SALT | {"steps", "lr", "videomae_lr", "decoder_width"},
+                    LL | NOT_SALTS | LABELS | {"tube_ratio", "decoder_positions", "init_videomae", "videomae_steps"}),
+    ("salt", 0.5): (COMMON | (VJEPA - NOT_SALTS) | SALT | LL | {"steps", "lr"}, NOT_SALTS | LABELS | {"tube_ratio"}),
+    ("teacher", 1.0): ({"batch", "teacher_width", "teacher_depth", "teacher_heads", "teacher_steps", "videomae_lr",
+                        "decoder_width"} | MASKS,
+                       (VJEPA - MASKS) | LL | LABELS | {"steps", "lr", "width", "teacher", "init_student", "tube_ratio",
+                                                        "videomae_steps"}),
+    ("random", 1.0): ({"width"}, SALT | VJEPA | LL | VIDEOMAE | LABELS | {"supervised_lr", "finetune_lr"}),
 }
 
 
@@ -79,13 +89,15 @@ def test_a_fine_tuned_run_is_named_after_the_v_jepa_that_it_starts_from(lab):
 
 @pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in (*methods.ADAPTED, "prior")])
 def test_lam_and_frozen_blocks_are_refused_where_they_mean_nothing(lab, method):
-    with pytest.raises(ValueError, match=f"lam = 0.5 is not possible for '{method}'"):
-        lab.spec(method, 0.5)
+    if method != "salt":
+        with pytest.raises(ValueError, match=f"lam = 0.5 is not possible for '{method}'"):
+            lab.spec(method, 0.5)
     with pytest.raises(ValueError, match=f"freeze = 1 is not possible for '{method}'"):
         lab.spec(method, freeze=1)
 
 
-READERS = {"init": {"vjepa", "vjepa_ll", "finetuned", "initial"}, "init_videomae": {"videomae"}}
+READERS = {"init": {"vjepa", "vjepa_ll", "finetuned", "initial"}, "init_videomae": {"videomae"}, "teacher": {"salt"},
+           "init_student": {"salt"}}
 
 
 @pytest.mark.parametrize("key", READERS)
@@ -217,3 +229,40 @@ def test_videomae_takes_encoder_and_decoder_from_a_published_file(lab, tmp_path,
     objective = mine.objective(mine.spec("videomae"))
     assert same(objective.encoder, other.encoder) and same(objective.decoder, other.decoder) is whole
     assert ("holds no decoder, which starts at random" in capsys.readouterr().out) is not whole
+
+
+# --- the static teacher
+
+def test_salts_teacher_learns_pixels_under_v_jepas_masks(lab, monkeypatch):
+    teacher = variant(lab, mask="multiblock").objective(lab.spec("teacher"))
+    asked = []
+    monkeypatch.setattr(objectives, "jepa_masks", lambda *a, real=objectives.jepa_masks: asked.append(1) or real(*a))
+    grey, _ = lab.clips(lab.store.rows("train")[:2])
+    assert set(teacher(torch.from_numpy(grey).float(), torch.Generator().manual_seed(0))) == {"loss"} and asked
+    assert torch.equal(teacher.encoder.pos_embed, sincos3d(teacher.grid, teacher.encoder.width))
+
+
+def test_the_student_learns_from_the_trained_teacher_which_stays_as_it_is(lab):
+    small = variant(lab, teacher_width=48, teacher_depth=1, teacher_heads=2)
+    teacher, run = small.encoder("teacher").encoder, small.encoder("salt")
+    assert same(run.objective.target_encoder, teacher) and len(teacher.blocks) == 1 and teacher.width == 48
+    assert run.encoder is run.objective.encoder and run.encoder.width == lab.profile.width
+    before = small.objective(small.spec("salt")).encoder
+    assert not same(run.encoder, before)
+    assert same(before, small.objective(small.spec("random")).encoder)  # the student starts from random weights
+    assert run.objective.predictor.predictor_proj.out_features == 48
+
+
+def test_any_checkpoint_can_be_the_teacher_and_the_students_start(lab):
+    path = lab.folder(lab.spec("vjepa")) / "checkpoint.pt"
+    wanted = lab.encoder("vjepa").encoder
+    mine = variant(lab, teacher=str(path), init_student=str(path))
+    salt = mine.objective(mine.spec("salt"))
+    assert same(salt.target_encoder, wanted) and same(salt.encoder, wanted)
+    assert not any(v.requires_grad for v in salt.target_encoder.parameters())
+
+
+def test_ll_can_be_added_to_salt(lab):
+    run = lab.encoder("salt", 0.25)
+    assert run.label == "SALT + LL (λ = 0.25)" and run.history.ll.iloc[-1] > 0 and "lam0.25" in run.folder.name
+    assert run.objective.head is not None and lab.encoder("salt").objective.head is None

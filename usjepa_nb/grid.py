@@ -103,7 +103,7 @@ def load(name: str, depth: int, initial: bool = True) -> Grid:
     see_all(path, "table1: lams", one["lams"], lambda v: number(v) and 0 <= v <= 1, "in 0…1")
     see(path, "table2: lam", two["lam"], lambda v: number(v) and 0 <= v < 1, "in 0…1, below 1")
     see_all(path, "table2: controls", two["controls"], CONTROLS.__contains__, f"among {', '.join(CONTROLS)}", none=True)
-    methods = ("supervised", "videomae", *FROZEN)
+    methods = ("supervised", "videomae", "salt", *FROZEN)
     see_all(path, "table2: methods", two["methods"], methods.__contains__, f"among {', '.join(methods)}")
     blocks = {k: tuple(dict.fromkeys(round(share(path, k, v) * depth) for v in see_list(path, f"{k}: frozen", t["frozen"])))
               for k, t in (("table1", one), ("table2", two))}

@@ -11,14 +11,15 @@ from torch import nn
 
 from usjepa_nb import objectives, weights
 from usjepa_nb.controls import FrameEncoder, ImageNet, Supervised, UNet
-from usjepa_nb.profile import END_TO_END, ROOT
+from usjepa_nb.profile import END_TO_END, ROOT, Profile
 
 METHODS = {"prior": "shape prior", "random": "frozen random encoder", "initial": "initial weights, not adapted",
            "imagenet": "ImageNet ViT, frame by frame",
            "videomae": "VideoMAE", "vjepa": "V-JEPA", "vjepa_ll": "V-JEPA + LL", "finetuned": "fine-tuned",
+           "teacher": "SALT's teacher, pixels under V-JEPA's masks", "salt": "SALT",
            "supervised": "supervised, end to end", "unet": "U-Net, end to end"}
 UNTRAINED = ("random", "initial", "imagenet")
-PRETRAINED = ("videomae", "vjepa", "vjepa_ll")
+PRETRAINED = ("videomae", "vjepa", "vjepa_ll", "teacher", "salt")
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
 NEVER = ("name", "unlabelled", "accelerator", "devices", "log_every", "finetune_lr",
@@ -28,6 +29,15 @@ OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "ma
             "long_range", "target_layers", "centre", "beta", "variance", "pairs", "ll_on", "ema", "encoder_lr")
 OF_VIDEOMAE = ("decoder_width", "decoder_depth", "decoder_heads", "decoder_positions", "init_videomae", "tube_ratio")
 OF_LL = ("pairs", "ll_on")
+OF_TEACHER = ("teacher_width", "teacher_depth", "teacher_heads", "teacher_steps")
+OF_SALT = ("teacher", "init_student", *OF_TEACHER)
+MASKS = ("mask", "hidden", "short_range", "long_range")
+# What a method leaves out beside those: the settings of the others.
+LEAVES = {"videomae": OF_VJEPA + OF_SALT, "vjepa": OF_VIDEOMAE + OF_LL + OF_SALT, "vjepa_ll": OF_VIDEOMAE + OF_SALT,
+          "finetuned": OF_VIDEOMAE + OF_SALT, "initial": OF_VIDEOMAE + OF_LL + OF_SALT,
+          "teacher": tuple(k for k in OF_VJEPA if k not in MASKS) + ("decoder_positions", "init_videomae", "tube_ratio",
+                                                                     "teacher", "init_student", "width", "depth", "heads"),
+          "salt": OF_VIDEOMAE + ("init", "ema", "encoder_lr", "teacher_steps")}
 
 
 def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int = 100) -> dict:
@@ -41,17 +51,24 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
     if method not in METHODS or method == "prior":
         known = ", ".join(m for m in METHODS if m != "prior")
         raise ValueError(f"method {method!r} has no encoder: choose one of {known}")
-    if not 0 <= lam <= 1 or (lam != 1 and method not in ("vjepa_ll", "finetuned")):
-        raise ValueError(f"lam = {lam} is not possible for {method!r}: 0…1 for vjepa_ll, 1 for all others")
+    if not 0 <= lam <= 1 or (lam != 1 and method not in ("vjepa_ll", "finetuned", "salt")):
+        raise ValueError(f"lam = {lam} is not possible for {method!r}: 0…1 for vjepa_ll and salt, 1 for all others")
     if freeze and method not in ADAPTED:
         raise ValueError(f"freeze = {freeze} is not possible for {method!r}: only V-JEPA freezes blocks, choose 0")
     p = lab.profile
-    leave = NEVER + {"videomae": OF_VJEPA, "vjepa": OF_VIDEOMAE + OF_LL, "vjepa_ll": OF_VIDEOMAE,
-                     "finetuned": OF_VIDEOMAE, "initial": OF_VIDEOMAE + OF_LL}.get(method, OF_VJEPA + OF_VIDEOMAE)
+    leave = NEVER + LEAVES.get(method, OF_VJEPA + OF_VIDEOMAE + OF_SALT)
+    if method == "salt" and lam == 1:
+        leave += OF_LL
     settings = {k: v for k, v in dataclasses.asdict(p).items() if k not in leave}
     few = method in END_TO_END or (p.unlabelled == "fraction" and fraction < 100 and method in PRETRAINED)
     if method == "videomae":
         settings |= {"steps": p.videomae_steps, "lr": p.videomae_lr}
+    if method == "teacher":
+        settings |= {"steps": p.teacher_steps, "lr": p.videomae_lr}
+    if method == "salt":
+        settings["encoder_lr"] = 1.0
+        if p.teacher == "pixels":
+            settings["teacher"] = {k: describe(lab, "teacher")[k] for k in ("settings", "init")}
     if method in ADAPTED + ("initial",) and p.init == "videomae":
         settings["videomae"] = {k: describe(lab, "videomae")[k] for k in ("settings", "init")}
     if method == "imagenet":
@@ -63,7 +80,8 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
         settings |= {"steps": p.supervised_steps, "probe_width": p.probe_width,
                      "lr": p.finetune_lr if method == "finetuned" else p.supervised_lr}
     files = {key: hashlib.sha256((ROOT / getattr(p, key)).read_bytes()).hexdigest()[:10]
-             for key in ("init", "init_videomae") if key in settings and (ROOT / getattr(p, key)).is_file()}
+             for key in ("init", "init_videomae", "teacher", "init_student")
+             if key in settings and (ROOT / getattr(p, key)).is_file()}
     return {"method": method, "lam": float(lam), "freeze": freeze, "seed": lab.seed, "data": lab.store.data_hash,
             "code": version("usjepa-nb"), "init": files, "frames": lab.frames,
             "fraction": fraction if few else None, "settings": settings}
@@ -73,6 +91,7 @@ def label(spec: dict) -> str:
     """A method's name as tables print it."""
     text = METHODS["vjepa_ll" if spec["lam"] < 1 else "vjepa"] if spec["method"] in ADAPTED else METHODS[spec["method"]]
     if spec["lam"] < 1:
+        text += " + LL" * (spec["method"] == "salt")
         text += f" (λ = {spec['lam']:g})"
     if spec["freeze"]:
         text += f", {spec['freeze']} blocks frozen"
@@ -87,6 +106,8 @@ def build(lab, spec: dict) -> nn.Module:
                            spec["fraction"]).encoder
     elif p.init == "videomae" and method in ("initial", "vjepa", "vjepa_ll"):
         base = lab.encoder("videomae", fraction=spec["fraction"] or 100).encoder
+    elif method == "salt" and p.teacher == "pixels":
+        base = lab.encoder("teacher", fraction=spec["fraction"] or 100).encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec["seed"])
         if method == "unet":
@@ -96,7 +117,16 @@ def build(lab, spec: dict) -> nn.Module:
         if method == "videomae":
             objective = objectives.VideoMAE(p, lab.frames, objectives.make_encoder(p, lab.frames, p.decoder_positions))
             return fill(objective, p.init_videomae, decoder=objective.decoder)
+        if method == "teacher":
+            return objectives.PixelTeacher(p, lab.frames, objectives.make_encoder(as_teacher(p), lab.frames))
         encoder = objectives.make_encoder(p, lab.frames)
+        if method == "salt":
+            teacher = objectives.make_encoder(as_teacher(p), lab.frames)
+            if p.teacher == "pixels":
+                teacher.load_state_dict(base.state_dict())
+            else:
+                print(*weights.load(ROOT / p.teacher, teacher), sep="\n")
+            return fill(objectives.SALT(p, lab.frames, encoder, spec["lam"], 0, teacher), p.init_student)
         if method in ("supervised", "finetuned"):  # supervised: from random weights; the paper does not say
             objective = Supervised(p, lab.frames, encoder)
             if method == "finetuned":
@@ -108,6 +138,12 @@ def build(lab, spec: dict) -> nn.Module:
         objective.target_encoder.load_state_dict(base.state_dict())
         return objective
     return objective if method == "random" else fill(objective, p.init, predictor=objective.predictor)
+
+
+def as_teacher(p: Profile) -> Profile:
+    """The profile with the teacher's encoder in place of the student's."""
+    return p.replace(width=p.teacher_width, depth=p.teacher_depth, heads=p.teacher_heads,
+                     target_layers=min(p.target_layers, p.teacher_depth))
 
 
 def fill(objective: nn.Module, init: str, **parts: nn.Module) -> nn.Module:
@@ -122,6 +158,6 @@ def fill(objective: nn.Module, init: str, **parts: nn.Module) -> nn.Module:
         part = "target_encoder" if isinstance(objective, objectives.VJEPA) else "encoder"
         known = {k: v for k, v in parts.items() if k in there}
         print(*weights.load(ROOT / init, objective.encoder, part=part, **known), sep="\n")
-        if isinstance(objective, objectives.VJEPA):
+        if isinstance(objective, objectives.VJEPA) and not isinstance(objective, objectives.SALT):
             objective.target_encoder.load_state_dict(objective.encoder.state_dict())
     return objective

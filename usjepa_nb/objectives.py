@@ -1,4 +1,4 @@
-"""What is learned: V-JEPA with or without localisation loss, and VideoMAE. How it is trained is in `pretrain`.
+"""What is learned: V-JEPA with or without localisation loss, SALT, and VideoMAE. How it is trained is in `pretrain`.
 
 An objective is a module whose `forward(grey clips, generator)` returns named losses, "loss" among them, whose
 `features` is the encoder to be probed, and whose `after_step` does what follows an optimiser step (EMA).
@@ -42,6 +42,15 @@ def standardise_tokens(x: Tensor, valid: Tensor | None) -> Tensor:
     return (x - mean) / (var + 1e-5).sqrt()
 
 
+def jepa_masks(p: Profile, grid, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
+    """One of each kind the profile asks for: short and long range as published, or a tube mask."""
+    rule = {"allowed": allowed, "rule": p.mask_rule}
+    if p.mask == "tube":
+        return [masking.tube(grid, batch, generator, ratio=p.hidden, **rule)]
+    return [masking.multiblock(grid, batch, generator, blocks=blocks, scale=scale, **rule)
+            for blocks, scale in (p.short_range, p.long_range)]
+
+
 class VJEPA(nn.Module):
     """V-JEPA (Eq. 1), with the localisation loss (Eq. 3) mixed in by `lam` (Eq. 4); lam = 1 is V-JEPA alone.
 
@@ -49,15 +58,19 @@ class VJEPA(nn.Module):
     are meant to make a collapse onto position less likely: targets averaged over blocks, and centred per position.
     """
 
-    def __init__(self, p: Profile, frames: int, encoder: Encoder, lam: float, freeze: int):
+    def __init__(self, p: Profile, frames: int, encoder: Encoder, lam: float, freeze: int,
+                 teacher: Encoder | None = None):
         super().__init__()
         self.p, self.grid, self.lam = p, p.grid(frames), lam
         self.encoder = encoder
         self.encoder.freeze(freeze)
-        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.predictor = Predictor(self.grid, p.width, p.predictor_width, p.predictor_depth, p.predictor_heads)
-        self.head = losses.LocalisationHead(p.width) if lam < 1 else None
-        self.register_buffer("position_sum", torch.zeros(1, math.prod(self.grid), p.width))
+        self.target_encoder = (teacher or copy.deepcopy(encoder)).requires_grad_(False)
+        width = self.target_encoder.width
+        self.predictor = Predictor(self.grid, p.width, p.predictor_width, p.predictor_depth, p.predictor_heads,
+                                   target_width=width)
+        located = width if p.ll_on == "predicted" else p.width
+        self.head = losses.LocalisationHead(located) if lam < 1 else None
+        self.register_buffer("position_sum", torch.zeros(1, math.prod(self.grid), width))
         self.register_buffer("position_count", torch.zeros(1, math.prod(self.grid), 1))
 
     @property
@@ -110,12 +123,7 @@ class VJEPA(nn.Module):
                 "zero": zero}
 
     def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
-        """One of each kind the profile asks for: short and long range as published, or a tube mask."""
-        rule = {"allowed": allowed, "rule": self.p.mask_rule}
-        if self.p.mask == "tube":
-            return [masking.tube(self.grid, batch, generator, ratio=self.p.hidden, **rule)]
-        return [masking.multiblock(self.grid, batch, generator, blocks=blocks, scale=scale, **rule)
-                for blocks, scale in (self.p.short_range, self.p.long_range)]
+        return jepa_masks(self.p, self.grid, batch, allowed, generator)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -125,27 +133,59 @@ class VJEPA(nn.Module):
         torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - m)
 
 
+class SALT(VJEPA):
+    """Static-teacher asymmetric latent training (Li et al. 2025; US-JEPA): V-JEPA whose target never moves.
+
+    The teacher may be of another width and depth. No EMA, and what is probed is the student.
+    """
+
+    @property
+    def features(self) -> Encoder:
+        return self.encoder
+
+    def after_step(self, step: int) -> None:
+        """The teacher stays as it is."""
+
+
 class VideoMAE(nn.Module):
     """VideoMAE: under a tube mask, a decoder predicts the standardised pixels of what is hidden."""
 
     def __init__(self, p: Profile, frames: int, encoder: Encoder):
         super().__init__()
         self.p, self.grid, self.encoder = p, p.grid(frames), encoder
-        self.decoder = PixelDecoder(self.grid, p.tubelet_size, p.width, p.decoder_width, p.decoder_depth,
-                                    p.decoder_heads, positions=p.decoder_positions)
+        self.decoder = PixelDecoder(self.grid, p.tubelet_size, encoder.width, p.decoder_width, p.decoder_depth,
+                                    p.decoder_heads, positions=self.positions)
 
     @property
     def features(self) -> Encoder:
         return self.encoder
 
+    @property
+    def positions(self) -> str:
+        return self.p.decoder_positions
+
     def forward(self, grey: Tensor, generator: Generator) -> dict[str, Tensor]:
         x = standardise(grey)
         allowed = sector_tokens(grey, self.p.tubelet_size).cpu() if self.p.sector_aware else None
-        masks = masking.tube(self.grid, len(x), generator, ratio=self.p.tube_ratio, allowed=allowed,
-                             rule=self.p.mask_rule).to(x.device)
-        predicted = self.decoder(self.encoder(x, masks.context, masks.context_valid), masks)
-        target = losses.pixel_targets(x, self.p.tubelet_size, masks.target)
-        return {"loss": losses.l_pixel(predicted, target, masks.target_valid)}
+        loss, kinds = 0.0, self.masks(len(x), allowed, generator)
+        for masks in (m.to(x.device) for m in kinds):
+            predicted = self.decoder(self.encoder(x, masks.context, masks.context_valid), masks)
+            target = losses.pixel_targets(x, self.p.tubelet_size, masks.target)
+            loss = loss + losses.l_pixel(predicted, target, masks.target_valid) / len(kinds)
+        return {"loss": loss}
+
+    def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
+        return [masking.tube(self.grid, batch, generator, ratio=self.p.tube_ratio, allowed=allowed,
+                             rule=self.p.mask_rule)]
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
+
+
+class PixelTeacher(VideoMAE):
+    """SALT's first stage: pixels again, but under V-JEPA's masks and with its positions."""
+
+    positions = "sincos3d"
+
+    def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
+        return jepa_masks(self.p, self.grid, batch, allowed, generator)

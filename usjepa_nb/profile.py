@@ -80,6 +80,13 @@ class Profile:
     ema: float
     videomae_steps: int
     videomae_lr: float
+    # static teacher
+    teacher: str
+    teacher_width: int
+    teacher_depth: int
+    teacher_heads: int
+    teacher_steps: int
+    init_student: str
     # probe
     probe_epochs: int
     probe_min_steps: int
@@ -129,7 +136,7 @@ class Profile:
         if not 1 <= self.target_layers <= self.depth:
             self.refuse("target_layers", f"it must lie in 1…depth ({self.depth})")
         for width, heads in ((self.width, self.heads), (self.predictor_width, self.predictor_heads),
-                             (self.decoder_width, self.decoder_heads)):
+                             (self.decoder_width, self.decoder_heads), (self.teacher_width, self.teacher_heads)):
             if width % heads:
                 self.refuse("heads", f"a width of {width} does not divide into {heads} heads")
 

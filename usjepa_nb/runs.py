@@ -66,7 +66,7 @@ class Lab(Dataset):
         return methods.describe(self, method, lam, freeze, fraction)
 
     def folder(self, spec: dict) -> Path:
-        parts = [spec["method"], f"lam{spec['lam']:g}" if spec["method"] == "vjepa_ll" else "",
+        parts = [spec["method"], f"lam{spec['lam']:g}" if spec["lam"] < 1 else "",
                  f"f{spec['freeze']}" if spec["freeze"] else "",
                  f"{spec['fraction']}pc" if spec["fraction"] else "", f"s{spec['seed']}", digest(spec)]
         return self.cache / "runs" / self.profile.name / "-".join(p for p in parts if p)

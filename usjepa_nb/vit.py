@@ -145,20 +145,22 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """P_phi: context features [B, Kc, D] and where to predict [B, Kt] -> predicted features [B, Kt, D].
+    """P_phi: context features [B, Kc, D] and where to predict [B, Kt] -> predicted features [B, Kt, D'].
 
+    D' is D unless the features to predict are those of an encoder of another width, `target_width`.
     One mask token per mask kind (short, long range), zero at the start; what tells the masked tokens apart is
     the fixed position added to them (the paper's Delta y).
     """
 
-    def __init__(self, grid: Grid, encoder_width: int, width: int, depth: int, heads: int, kinds: int = 2):
+    def __init__(self, grid: Grid, encoder_width: int, width: int, depth: int, heads: int, kinds: int = 2,
+                 target_width: int | None = None):
         super().__init__()
         self.predictor_embed = nn.Linear(encoder_width, width)
         self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(kinds))
         self.register_buffer("predictor_pos_embed", sincos3d(grid, width), persistent=False)
         self.predictor_blocks = make_blocks(width, depth, heads)
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
-        self.predictor_proj = nn.Linear(width, encoder_width)
+        self.predictor_proj = nn.Linear(width, target_width or encoder_width)
         init_linear(self.predictor_embed, encoder_width)
         init_linear(self.predictor_proj, width)
 
