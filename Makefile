@@ -66,7 +66,8 @@ table1 table2: $(READY)
 	$(SNAKEMAKE) $@ $(HOW) "grid=$(GRID)" && exit $${failed:-0}
 
 plan: $(READY)
-	@$(BIN)/python -m usjepa_nb.plan $(PROFILE) --grid $(GRID)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m usjepa_nb.plan $(PROFILE) --grid $(GRID) $(if $(DATA),--data "$(DATA)") \
+	$(if $(TFLOPS),--tflops $(TFLOPS))
 
 # What the repository shows of a finished `make run`: results/tiny and the outputs of the committed notebooks.
 results: $(READY)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from usjepa_nb import cost, methods, probe
 from usjepa_nb.profile import load
@@ -17,8 +18,9 @@ def clips(seed=0, n=P.batch):
 
 
 def real(method, lam=1.0, freeze=0):
-    lab = SimpleNamespace(profile=P.replace(init="random", init_videomae="random"), frames=P.frames)
-    return methods.build(lab, {"method": method, "lam": lam, "freeze": freeze, "seed": 0})
+    lab = SimpleNamespace(profile=P.replace(init="random", init_videomae="random"), frames=P.frames,
+                          encoder=lambda name, **_: real(name))
+    return methods.build(lab, {"method": method, "lam": lam, "freeze": freeze, "seed": 0, "fraction": None})
 
 
 def counted(module, grey, p=P, labels=False):
@@ -38,11 +40,19 @@ def test_a_block_costs_what_a_pencil_says():
 
 
 @pytest.mark.parametrize("method, lam, freeze", [("videomae", 1, 0), ("vjepa", 1, 0), ("vjepa_ll", 0.25, 1),
-                                                 ("supervised", 1, 0), ("unet", 1, 0)])
+                                                 ("teacher", 1, 0), ("salt", 0.25, 0), ("supervised", 1, 0),
+                                                 ("unet", 1, 0)])
 def test_fake_weights_cost_what_real_ones_cost(method, lam, freeze):
     labels = method in ("supervised", "unet")
     planned = counted(cost.objective(P, P.frames, method, lam, freeze), clips(), labels=labels)
     assert planned == counted(real(method, lam, freeze), clips(), labels=labels)
+
+
+def test_kept_is_what_the_backward_pass_reads_weights_left_out():
+    B = 5
+    module = cost.fake(lambda: nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)))
+    x = torch.zeros(B, 4)
+    assert cost.step(module, lambda: module(x).sum(), "32-true").kept == 4 * B * (4 + 8 + 8)  # inputs of the layers
 
 
 def test_state_is_weights_gradients_and_two_moments():

@@ -22,13 +22,16 @@ def number(jobs, *stages):
     return sum(stage[0] in stages for stage, *_ in jobs)
 
 
-@pytest.fixture(autouse=True)
-def two_draws(monkeypatch):
-    monkeypatch.setattr(plan, "DRAWS", 2)
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "DRAWS", 2)
+        patch.setattr(plan, "SAMPLE", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(quick):
     return plan.look("smoke", P, "")
 
 
@@ -64,6 +67,12 @@ def test_vjepa_that_starts_from_videomae_needs_one():
     assert number(plan.every(P, small(), [VJEPA, LL]), "videomae") == 0
 
 
+def test_salt_needs_its_teacher_unless_a_file_is_given():
+    jobs = plan.every(P.replace(teacher="pixels"), small(), [Cell("salt")])
+    assert (number(jobs, "teacher"), number(jobs, "salt"), number(jobs, "probe")) == (1, 1, 2)
+    assert number(plan.every(P.replace(teacher="weights/file.pt"), small(), [Cell("salt")]), "teacher") == 0
+
+
 def test_pretraining_on_the_fraction_alone_is_done_for_each():
     few = P.replace(unlabelled="fraction")
     jobs = plan.every(few, small(fractions=(100, 50, 10)), [LL])
@@ -73,15 +82,18 @@ def test_pretraining_on_the_fraction_alone_is_done_for_each():
 # --- what they come to
 
 def test_totals_by_hand():
-    found = {("vjepa", 0): Stage("", 10, 100.0, 0, ll=20.0, precision="bf16-mixed"), ("features", 0): Stage("", 4, 3.0, 0),
-             ("probe", 100): Stage("", 5, 2.0, 0), ("probe", 10): Stage("", 1, 2.0, 0)}
+    found = {("vjepa", 0): Stage("V-JEPA", 10, 100.0, 0, ll=20.0, precision="bf16-mixed"),
+             ("features", 0): Stage("features", 4, 3.0, 0),
+             ("probe", 100): Stage("all", 5, 2.0, 0), ("probe", 10): Stage("few", 1, 2.0, 0)}
     p, g = P.replace(precision="bf16-mixed"), small(VJEPA, table1=[VJEPA, LL], seeds=2)
     one, two, both = (plan.total(p, g, found, cells) for cells in (g.table1, g.table2, g.cells))
-    assert one == both == {"trainings": 4, "probes": 8, "flops": {"bf16-mixed": 2 * (800 + 1000), "32-true": 2 * 2 * 24}}
+    assert one == both == {"trainings": 4, "probes": 8, "flops": {"bf16-mixed": 2 * 1800, "32-true": 2 * 2 * 24}}
     assert two == {"trainings": 2, "probes": 4, "flops": {"bf16-mixed": 2 * 800, "32-true": 2 * 24}}
-    text = plan.report(p, g, found, {"bf16-mixed": 100.0, "32-true": 1.0})
-    assert text.splitlines()[-1].split()[-1] == f"{(3600 / 100 + 96) / 60:.3g}" and "time, minutes" in text.splitlines()[-4]
-    assert plan.report(p, g, found, dict.fromkeys(("bf16-mixed", "32-true"), math.nan)).count("–") > 6
+    lines = plan.report(p, g, found, {"bf16-mixed": 100.0, "32-true": 1.0}).splitlines()
+    assert "time, minutes" in lines[-4] and lines[-1].split()[-1] == f"{(3600 / 100 + 96) / 60:.3g}"
+    assert "20.00%" in lines[1] and lines[1].split()[-1] == "10"  # 1000 FLOPs at 100 a second
+    unknown = plan.report(p, g, found, dict.fromkeys(("bf16-mixed", "32-true"), math.nan)).splitlines()
+    assert unknown[1].split()[-1] == unknown[-1].split()[-1] == "–"
 
 
 def test_numbers_share_the_largest_unit_that_fits():
@@ -103,9 +115,10 @@ def test_clips_are_those_of_the_lab(tmp_path_factory, data):
 
 
 def test_tokens_outside_the_sector_cost_nothing(data):
-    inside, everywhere = (plan.stage(p, data, "vjepa", 0) for p in (P, P.replace(sector_aware=False)))
+    whole = P.replace(sector_aware=False)
+    inside, everywhere = (plan.stage(p, data, "vjepa", 0) for p in (P, whole))
     assert inside.flops - inside.ll < everywhere.flops - everywhere.ll and inside.ll == everywhere.ll
-    assert plan.stage(P, data, "features", 0).flops < plan.stage(P.replace(sector_aware=False), data, "features", 0).flops
+    assert plan.stage(P, data, "features", 0).flops < plan.stage(whole, data, "features", 0).flops
 
 
 def test_without_sectors_nothing_is_rendered(monkeypatch):
@@ -115,9 +128,9 @@ def test_without_sectors_nothing_is_rendered(monkeypatch):
 
 
 def test_the_stages_are_those_that_the_grid_needs(data):
-    found = plan.stages(P, data, small(Cell("supervised"), Cell("imagenet"), LL))
-    assert list(found) == [("vjepa", 0), ("supervised", 0), ("features", 0), ("features", 1), ("probe", 100), ("probe", 10),
-                           ("imagenet", 100), ("imagenet", 10)]
+    found = plan.stages(P, data, small(Cell("supervised"), Cell("imagenet"), Cell("salt"), LL))
+    assert list(found) == [("teacher", 0), ("vjepa", 0), ("salt", 0), ("supervised", 0), ("features", 0),
+                           ("features", 1), ("probe", 100), ("probe", 10), ("imagenet", 100), ("imagenet", 10)]
     assert found["imagenet", 100].flops > found["probe", 100].flops  # 384 features against 32
     assert all(s.flops > 0 and s.steps > 0 and s.state > 0 for s in found.values())
 
@@ -129,9 +142,17 @@ def test_it_prints_both_tables_at_a_readable_width(capsys, tmp_path_factory):
     assert plan.main(["smoke", "--grid", "walk", "--data", str(lab.tree), "--tflops", "2"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
-    for words in ("V-JEPA + LL, 1/2 blocks frozen", "probe, 10 % of the labels", "Table 1", "Table 2", "kept, ", "2 TFLOP/s"):
+    for words in ("V-JEPA + LL, 1/2 blocks frozen", "probe, 10 % of labels", "Table 1", "kept, ", "2 TFLOP/s"):
         assert words in text
     assert str(shared_cache(tmp_path_factory)) not in text
+
+
+def test_the_largest_table_is_still_readable(data):
+    g = grid.load("paper", 24)
+    found = {s: Stage(f"probe on ImageNet, {s[1]} % of labels", 123456, 1.23e15, 1.23e10, 1.23e10, 1e12, 5e14)
+             for s in {job[0] for job in plan.every(P, g, g.cells)}}
+    text = plan.report(P, g, found, {"32-true": 1e9})
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_gpu_that_is_not_there_has_no_speed(monkeypatch, data):
@@ -140,8 +161,9 @@ def test_a_gpu_that_is_not_there_has_no_speed(monkeypatch, data):
     assert all(map(math.isnan, rates.values())) and "--tflops" in words
 
 
-@pytest.mark.parametrize("arguments, words", [(["none"], "no such profile"), (["smoke", "--grid", "none"], "no such grid"),
-                                              (["paper", "--data", "/nowhere"], "holds no patient")])
+@pytest.mark.parametrize("arguments, words", [
+    (["none"], "no such profile"), (["smoke", "--grid", "none"], "no such grid"),
+    (["paper", "--data", "/nowhere"], "holds no patient")])
 def test_a_bad_argument_gets_a_sentence(arguments, words, capsys):
     assert plan.main(arguments) == 1
     error = capsys.readouterr().err.strip()
