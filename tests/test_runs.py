@@ -269,7 +269,8 @@ CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frame
            "augmentation": "none", "batch": 2, "steps": 7, "warmup": 0.2, "lr": 0.5, "encoder_lr": 0.5,
            "lr_end": 0.1, "weight_decay": 0.1,
            "weight_decay_end": 0.1, "beta2": 0.9, "clip": 2.0, "ema": 0.5, "videomae_steps": 7,
-           "videomae_lr": 0.5, "precision": "bf16-mixed"}
+           "videomae_lr": 0.5, "precision": "bf16-mixed", "sampling": "balanced", "teacher": "a.pt",
+           "init_student": "a.pt", "teacher_width": 64, "teacher_depth": 3, "teacher_heads": 4, "teacher_steps": 7}
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
              "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5,
@@ -283,10 +284,11 @@ def test_every_setting_is_either_of_training_or_not():
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_setting_of_training_makes_another_folder(lab, name):
     other = with_settings(lab, **{name: CHANGED[name]})
-    concerned = {"vjepa": name not in methods.OF_VIDEOMAE + methods.OF_LL + ("videomae_steps", "videomae_lr"),
-                 "vjepa_ll": name not in methods.OF_VIDEOMAE + ("videomae_steps", "videomae_lr"),
-                 "videomae": name not in methods.OF_VJEPA + ("steps", "lr"),
-                 "supervised": name not in methods.OF_VJEPA + methods.OF_VIDEOMAE + OWN_BUDGET}
+    salts = methods.OF_SALT
+    concerned = {"vjepa": name not in methods.OF_VIDEOMAE + methods.OF_LL + salts + ("videomae_steps", "videomae_lr"),
+                 "vjepa_ll": name not in methods.OF_VIDEOMAE + salts + ("videomae_steps", "videomae_lr"),
+                 "videomae": name not in methods.OF_VJEPA + salts + ("steps", "lr"),
+                 "supervised": name not in methods.OF_VJEPA + methods.OF_VIDEOMAE + salts + OWN_BUDGET + ("sampling",)}
     for method, changes in concerned.items():
         lam = 0.25 if method == "vjepa_ll" else 1.0
         assert (other.folder(other.spec(method, lam)) != lab.folder(lab.spec(method, lam))) is changes, method
@@ -320,10 +322,10 @@ def test_a_whole_number_names_the_same_run(lab):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("vjepaa",), "method 'vjepaa' has no encoder: choose one of random, initial, videomae, vjepa, vjepa_ll, "
-                  "finetuned, supervised, unet"),
+    (("vjepaa",), "method 'vjepaa' has no encoder: choose one of random, initial, imagenet, videomae, vjepa, vjepa_ll, "
+                  "finetuned, teacher, salt, supervised, unet"),
     (("prior",), r"method 'prior' has no encoder"),
-    (("vjepa", 0.25), r"lam = 0.25 is not possible for 'vjepa': 0…1 for vjepa_ll, 1 for all others"),
+    (("vjepa", 0.25), r"lam = 0.25 is not possible for 'vjepa': 0…1 for vjepa_ll and salt, 1 for all others"),
     (("vjepa_ll", 1.5), r"lam = 1.5 is not possible"),
     (("videomae", 1.0, 1), r"freeze = 1 is not possible for 'videomae': only V-JEPA freezes blocks, choose 0"),
     (("vjepa", 1.0, 3), r"freeze=3: .*0…2"),
@@ -610,6 +612,21 @@ def test_what_is_not_on_disk_is_not_made_where_that_was_asked(mine, monkeypatch)
     made = segmentation(mine, "random")
     found = segmentation(mine, "random", train=False)
     assert (found.best == made.best).all() and segmentation(mine, "prior", train=False).scores.shape[0] == 16
+
+
+def test_balanced_sampling_draws_every_group_equally_often(mine, monkeypatch):
+    rows = mine.store.rows("train")
+    table = mine.store.table.loc[rows]
+    kept = np.concatenate([rows[(table["view"] == "2CH").to_numpy()][:1], rows[(table["view"] == "4CH").to_numpy()]])
+    drawn, real = [], Lab.clips
+    monkeypatch.setattr(Lab, "clips", lambda self, r, *a: drawn.extend(r) or real(self, r, *a))
+    for sampling, low, high in (("balanced", 0.3, 0.7), ("uniform", 0.0, 0.3)):
+        drawn.clear()
+        several = with_settings(mine, sampling=sampling)
+        one_group = np.array(["Good"] * len(several.store.table))
+        monkeypatch.setitem(several.store.table, "quality", one_group)
+        several.batches(kept)(torch.Generator().manual_seed(0), 200)
+        assert low <= np.mean(np.array(drawn) == kept[0]) <= high, sampling
 
 
 def test_pretraining_may_see_the_patients_of_the_fraction_only(mine, monkeypatch):

@@ -20,6 +20,7 @@ from usjepa_nb import grid, phantom, store
 from usjepa_nb.augment import augment, crop_and_flip
 from usjepa_nb.camus import CamusError
 from usjepa_nb.profile import ROOT, Profile, load
+from usjepa_nb.tasks import group_weights
 
 
 def digest(value) -> str:
@@ -153,9 +154,15 @@ class Dataset:
                              'take store.rows("train")')
         view = {"mild": lambda x, g: augment(x, g)[0], "published": crop_and_flip, "none": lambda x, g: x.float()}
         view = view[self.profile.augmentation]
+        table = self.store.table.loc[rows]
+        weights = group_weights(table["view"] + " " + table["quality"].astype(str))
 
         def batch(generator: Generator, n: int) -> Tensor:
-            chosen = rows[torch.randint(len(rows), (n,), generator=generator).numpy()]
+            if self.profile.sampling == "balanced":
+                drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
+            else:
+                drawn = torch.randint(len(rows), (n,), generator=generator)
+            chosen = rows[drawn.numpy()]
             return view(torch.from_numpy(self.clips(chosen, generator)[0]), generator)
         return batch
 

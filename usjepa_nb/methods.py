@@ -22,7 +22,7 @@ UNTRAINED = ("random", "initial", "imagenet")
 PRETRAINED = ("videomae", "vjepa", "vjepa_ll", "teacher", "salt")
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
-NEVER = ("name", "unlabelled", "accelerator", "devices", "log_every", "finetune_lr",
+NEVER = ("name", "unlabelled", "sampling", "accelerator", "devices", "log_every", "finetune_lr",
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",
@@ -61,6 +61,8 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
         leave += OF_LL
     settings = {k: v for k, v in dataclasses.asdict(p).items() if k not in leave}
     few = method in END_TO_END or (p.unlabelled == "fraction" and fraction < 100 and method in PRETRAINED)
+    if p.sampling == "balanced" and method in PRETRAINED:
+        settings["sampling"] = p.sampling
     if method == "videomae":
         settings |= {"steps": p.videomae_steps, "lr": p.videomae_lr}
     if method == "teacher":

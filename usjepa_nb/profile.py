@@ -67,6 +67,7 @@ class Profile:
     # pre-training
     augmentation: str
     unlabelled: str
+    sampling: str
     batch: int
     steps: int
     warmup: float
@@ -107,6 +108,7 @@ class Profile:
                    "decoder_positions": ("sincos1d", "sincos3d"),
                    "mask_rule": ("random", "first", "pad"),
                    "augmentation": ("none", "mild", "published"), "unlabelled": ("all", "fraction"),
+                   "sampling": ("uniform", "balanced"),
                    "precision": ("32-true", "bf16-mixed"), "accelerator": ("auto", "cpu", "cuda")}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
