@@ -64,7 +64,7 @@ def test_whose_an_image_is(root, capsys):
     assert len(set(folder.read(root, 32, 4).groups)) == 20
     rewrite(root / "test.json", lambda row: row.update(source="video1.mp4"))
     folder.read(root, 32, 4)
-    assert "1 patients are in train and in test (video1.mp4, …)" in capsys.readouterr().out
+    assert "patients in train and in test at once: 1 (video1.mp4, …)" in capsys.readouterr().out
     for path in root.glob("*.json"):  # AUL, GBCU and MMOTU name nobody
         rewrite(path, lambda row: row.pop("source"))
     assert len(set(folder.read(root, 32, 4).groups)) == 60

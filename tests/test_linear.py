@@ -157,3 +157,11 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, arguments, sentence):
     assert linear.main([a.format(tmp_path) for a in arguments]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
+
+
+def test_a_classifier_names_the_classes_that_fit_gives(encoder):
+    task = toy()
+    predict, test = linear.classifier(task, encoder, P), task.part("test")
+    probabilities = linear.fit(task, heads.mean_pool(*linear.frozen(encoder, task.clips, P.sector_aware)).numpy())
+    assert (predict(task.clips[test].numpy()) == task.classes[probabilities.argmax(1)]).all()
+    assert set(predict(torch.zeros(3, 4, 32, 32, dtype=torch.uint8))) <= set(task.classes)

@@ -154,11 +154,12 @@ class Dataset:
                              'take store.rows("train")')
         view = {"mild": lambda x, g: augment(x, g)[0], "published": crop_and_flip, "none": lambda x, g: x.float()}
         view = view[self.profile.augmentation]
-        table = self.store.table.loc[rows]
-        weights = group_weights(table["view"] + " " + table["quality"].astype(str))
+        table, weights = self.store.table.loc[rows], None
+        if self.profile.sampling == "balanced":
+            weights = group_weights(table["view"] + " " + table["quality"].astype(str))
 
         def batch(generator: Generator, n: int) -> Tensor:
-            if self.profile.sampling == "balanced":
+            if weights is not None:
                 drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
             else:
                 drawn = torch.randint(len(rows), (n,), generator=generator)

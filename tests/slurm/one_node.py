@@ -76,7 +76,8 @@ def install() -> None:
         quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "stdout": subprocess.DEVNULL}
         if subprocess.run(command, **quiet).returncode:
             subprocess.run(["apt-get", "update", "-qq"], **quiet)
-            subprocess.run(command, **quiet, check=True)
+            if subprocess.run(command, **quiet).returncode:
+                raise Failed(f"apt-get could not install {' '.join(missing)}")
 
 
 def wait(what: str, done, seconds: float = 60):
@@ -102,7 +103,8 @@ def slurm(folder: Path):
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
     with socket.socket() as a, socket.socket() as b:
-        a.bind(("127.0.0.1", 0)), b.bind(("127.0.0.1", 0))
+        for free in (a, b):
+            free.bind(("127.0.0.1", 0))
         ports = a.getsockname()[1], b.getsockname()[1]
     host = socket.gethostname().split(".")[0]
     (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, ports=ports, user=getpass.getuser(), folder=folder))
@@ -120,8 +122,8 @@ def slurm(folder: Path):
         with open(folder / f"{command[0]}.out", "wb") as log:
             # in a session of its own: Ctrl-C reaches this script alone, which then stops things in order;
             # setpriv: should this script be killed, its daemons end too
-            daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], stdout=log, stderr=log,
-                                            stdin=subprocess.DEVNULL, start_new_session=True))
+            daemons.append(psutil.Popen(["setpriv", "--pdeathsig", "TERM", *command], stdout=log, stderr=log,
+                                        stdin=subprocess.DEVNULL, start_new_session=True))
 
     try:
         start(*munged)
@@ -138,10 +140,11 @@ def slurm(folder: Path):
                 wait("the end of all jobs", lambda: not ask("squeue", "--noheader"), 15)
         for daemon in reversed(daemons):
             daemon.terminate()
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+        psutil.wait_procs(daemons, timeout=10)
+        for process in psutil.process_iter():  # whatever is left of daemons and jobs
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == str(conf):
+                    process.kill()
         print("SLURM is stopped", flush=True)
 
 
@@ -159,11 +162,9 @@ def snakemake(folder: Path, name: str, target: str, *options: str, watch=None):
     except subprocess.TimeoutExpired:
         raise Failed(f"snakemake {target}: not done after {SECONDS} s") from None
     finally:
-        for number in (signal.SIGINT, signal.SIGKILL):  # at the first it cancels its jobs
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its SLURM jobs are cancelled with SLURM
+            process.wait()
     if process.returncode:
         raise Failed(f"snakemake {target}: exit code {process.returncode}:\n{log.read_text()[-3000:]}")
     print(f"{name}: snakemake {target}: {time.monotonic() - begun:.0f} s", flush=True)
@@ -264,6 +265,9 @@ def main() -> None:
         see_equal(results("test-slurm"), results("test-local"))
     except Failed as error:
         sys.exit(f"make test-slurm: {error}\nLogs: {folder}")
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     clear()
     shutil.rmtree(folder)
     print(f"make test-slurm: passed in {time.monotonic() - begun:.0f} s")
