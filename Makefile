@@ -6,6 +6,7 @@
 #   make plan PROFILE=paper  what such tables would cost: FLOPs, memory, hours
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
+#   make test-slurm          the grid on a SLURM of one node that is started for it (Debian; about 12 minutes)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
@@ -26,7 +27,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks lint clean clean-all setup
+.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-slurm lint clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -92,6 +93,10 @@ test-notebooks: $(READY)
 	-p profile smoke -p cache "$(CURDIR)/$(SMOKE)/cache" -p seed 0; done; \
 	USJEPA_EXERCISE=1 PYTHONHASHSEED=0 PLOTLY_RENDERER=plotly_mimetype $(ONE_THREAD) \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope $(SMOKE)
+
+# A real SLURM of one node on loopback (Debian; root only to install it), with a job that is killed half-way.
+test-slurm: $(READY)
+	@$(BIN)/python tests/slurm/one_node.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -214,13 +214,6 @@ COMPARED = [(m, "random") for m in ("videomae", "vjepa", "vjepa_ll", "vjepa_ll 0
     ("finetuned", "supervised"), ("supervised", "unet")]
 
 
-def holm(p: pd.Series) -> pd.Series:
-    """Holm's step-down correction of p values over one family of tests."""
-    order = p.sort_values().index
-    raw = p[order].to_numpy() * np.arange(len(p), 0, -1)
-    return pd.Series(np.minimum(np.maximum.accumulate(raw), 1), order).reindex(p.index)
-
-
 def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     """Paired differences per patient, after averaging each patient's scores over the seeds that both methods have."""
     out = []
@@ -234,7 +227,7 @@ def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
                 out.append({"a": a, "b": b, "% of labels": fraction, "seeds": both.index.unique("seed").size,
                             **metrics.paired(mean["a"].to_numpy(), mean["b"].to_numpy())})
     table = pd.DataFrame(out)
-    return table.assign(holm=holm(table.wilcoxon_p)) if len(table) else table
+    return table.assign(holm=metrics.holm(table.wilcoxon_p)) if len(table) else table
 
 
 def report():

@@ -16,7 +16,8 @@ OTHER = {"predictor_width": 64, "predictor_depth": 2, "predictor_heads": 1, "ini
          "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 1, "decoder_positions": "sincos1d",
          "init_videomae": "a.pt", "tube_ratio": 0.8, "width": 64, "batch": 2, "steps": 7, "lr": 0.5,
          "videomae_steps": 7, "videomae_lr": 0.5, "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.25,
-         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "unlabelled": "fraction", "teacher": "a.pt", "init_student": "a.pt", "teacher_width": 64,
+         "probe_width": 8, "probe_lr": 0.5, "log_every": 1, "unlabelled": "fraction",
+         "teacher": "a.pt", "init_student": "a.pt", "teacher_width": 64,
          "teacher_depth": 3, "teacher_heads": 4, "teacher_steps": 7}
 LL, COMMON = {"pairs", "ll_on"}, {"width", "batch"}
 SALT, MASKS = set(methods.OF_SALT), set(methods.MASKS)
@@ -29,7 +30,8 @@ MATTERS = {  # method: what must make another run, what must not
     ("supervised", 1.0): (COMMON | LABELS | {"supervised_lr"}, VJEPA | LL | VIDEOMAE | {"steps", "lr", "finetune_lr"}),
     ("finetuned", 1.0): (COMMON | VJEPA | LABELS | {"finetune_lr", "steps", "lr"}, VIDEOMAE | {"supervised_lr"}),
     ("finetuned", 0.5): (COMMON | VJEPA | LL | LABELS | {"finetune_lr", "steps", "lr"}, VIDEOMAE | {"supervised_lr"}),
-    ("vjepa", 1.0): (COMMON | VJEPA | {"steps", "lr"}, SALT | VIDEOMAE | LL | LABELS | {"supervised_lr", "finetune_lr"}),
+    ("vjepa", 1.0): (COMMON | VJEPA | {"steps", "lr"},
+                     SALT | VIDEOMAE | LL | LABELS | {"supervised_lr", "finetune_lr"}),
     ("vjepa_ll", 0.5): (COMMON | VJEPA | LL | {"steps", "lr"}, VIDEOMAE | LABELS | {"supervised_lr", "finetune_lr"}),
     ("videomae", 1.0): (COMMON | VIDEOMAE | {"videomae_steps", "videomae_lr"},
                         VJEPA | LL | LABELS | {"steps", "lr", "supervised_lr", "finetune_lr"}),

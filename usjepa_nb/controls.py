@@ -64,7 +64,7 @@ class UNet(EndToEnd):
 
 
 class FrameEncoder(nn.Module):
-    """timm's ViT-S/16, trained on ImageNet by augreg (Steiner et al. 2022), on every frame; a tubelet's frames averaged.
+    """timm's ViT-S/16, trained on ImageNet (augreg, Steiner et al. 2022), on every frame; a tubelet's frames averaged.
 
     Patch embedding and positions are resized by timm to the profile's patch and image size. It sees the whole frame,
     also outside the sector, and nothing of the time between frames.
@@ -83,8 +83,8 @@ class FrameEncoder(nn.Module):
                                          num_classes=0)
         except (OSError, RuntimeError, ValueError) as e:  # whatever the hub and its transport raise
             reason = (str(e) or type(e).__name__).splitlines()[0][:120]
-            raise WeightsError(f"{self.MODEL}: its weights could not be had ({reason}); connect to the network, or fill "
-                               "the cache of huggingface_hub, or leave imagenet out of the grid") from e
+            raise WeightsError(f"{self.MODEL}: its weights could not be had ({reason}); connect to the network, or "
+                               "fill the cache of huggingface_hub, or leave imagenet out of the grid") from e
         self.width = self.net.embed_dim
 
     def forward(self, x: Tensor, keep: Tensor | None = None, valid: Tensor | None = None) -> Tensor:

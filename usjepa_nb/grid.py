@@ -105,10 +105,13 @@ def load(name: str, depth: int, initial: bool = True) -> Grid:
     see_all(path, "table2: controls", two["controls"], CONTROLS.__contains__, f"among {', '.join(CONTROLS)}", none=True)
     methods = ("supervised", "videomae", "salt", *FROZEN)
     see_all(path, "table2: methods", two["methods"], methods.__contains__, f"among {', '.join(methods)}")
-    blocks = {k: tuple(dict.fromkeys(round(share(path, k, v) * depth) for v in see_list(path, f"{k}: frozen", t["frozen"])))
-              for k, t in (("table1", one), ("table2", two))}
+    blocks = {}
+    for k, t in (("table1", one), ("table2", two)):
+        shares = [share(path, k, v) for v in see_list(path, f"{k}: frozen", t["frozen"])]
+        blocks[k] = tuple(dict.fromkeys(round(v * depth) for v in shares))
     lams = tuple(sorted(map(float, set(one["lams"])), reverse=True))
-    table2 = [Cell(m) for m in dict.fromkeys(two["controls"] + two["methods"]) if m not in FROZEN and (initial or m != "initial")]
+    left_out = FROZEN if initial else (*FROZEN, "initial")
+    table2 = [Cell(m) for m in dict.fromkeys(two["controls"] + two["methods"]) if m not in left_out]
     table2 += [adapted(lam, f) for f in blocks["table2"] for m, lam in (("vjepa", 1.0), ("vjepa_ll", float(two["lam"])))
                if m in two["methods"]]
     return Grid(path.stem, values["seeds"], tuple(sorted(set(values["fractions"]), reverse=True)), lams,

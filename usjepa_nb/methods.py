@@ -35,8 +35,8 @@ MASKS = ("mask", "hidden", "short_range", "long_range")
 # What a method leaves out beside those: the settings of the others.
 LEAVES = {"videomae": OF_VJEPA + OF_SALT, "vjepa": OF_VIDEOMAE + OF_LL + OF_SALT, "vjepa_ll": OF_VIDEOMAE + OF_SALT,
           "finetuned": OF_VIDEOMAE + OF_SALT, "initial": OF_VIDEOMAE + OF_LL + OF_SALT,
-          "teacher": tuple(k for k in OF_VJEPA if k not in MASKS) + ("decoder_positions", "init_videomae", "tube_ratio",
-                                                                     "teacher", "init_student", "width", "depth", "heads"),
+          "teacher": (*(k for k in OF_VJEPA if k not in MASKS), "decoder_positions", "init_videomae", "tube_ratio",
+                      "teacher", "init_student", "width", "depth", "heads"),
           "salt": OF_VIDEOMAE + ("init", "ema", "encoder_lr", "teacher_steps")}
 
 

@@ -185,7 +185,8 @@ def paired(a, b, seed=0):
 
     Returns:
         difference: mean of a - b; low, high: its 95 % bootstrap interval (BCa, 9999 resamples of patients);
-        wilcoxon_p, t_p: two-sided; d_z: Cohen's effect size for pairs, mean over SD; n: pairs used. Where all pairs are equal both p are 1 (SciPy says nan).
+        wilcoxon_p, t_p: two-sided; d_z: Cohen's effect size for pairs, mean over SD; n: pairs used. Where all pairs are
+        equal both p are 1 (SciPy says nan).
     """
     from scipy import stats
 

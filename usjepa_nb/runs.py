@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ class Lab(Dataset):
               f"[{folder.name}]")
         if p.accelerator == "cuda" and not torch.cuda.is_available():
             p.refuse("accelerator", "torch sees no GPU here; choose auto or cpu, or install torch for your GPU")
+        # On a login node of a cluster Fabric advises srun; Snakemake is what starts jobs there.
+        warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
         fabric = Fabric(accelerator=p.accelerator, devices=p.devices, precision=p.precision)
         fabric.launch()
         watched = torch.from_numpy(self.clips(self.store.rows("val")[:32])[0]).float()

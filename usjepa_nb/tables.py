@@ -64,8 +64,8 @@ def collect(lab: Lab, cells: Iterable[Cell], fractions: Iterable[int], seeds: in
                                              fraction=fraction, seed=one.seed, seconds=s.seconds))
     if not found:
         first = missing[0]["reason"] if missing else "no cells were asked for"
-        raise ValueError(f"there is nothing to show: {first}; run the cells first (make table1, make table2), or let this "
-                         'train them: missing = "train"')
+        raise ValueError(f"there is nothing to show: {first}; run the cells first (make table1, make table2), or let "
+                         'this train them: missing = "train"')
     return pd.concat(found, ignore_index=True), pd.DataFrame(missing, columns=["cell", "fraction", "seed", "reason"])
 
 
