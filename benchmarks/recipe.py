@@ -42,6 +42,9 @@ VARIANTS = {
     "adapted-ll-0.25": ("the same with LL as in the paper, λ 0.25", "vjepa_ll", {**ADAPTED, "lam": 0.25}),
     "supervised": ("end to end from labels, lr 2e-3, 300 steps", "supervised", {}),
     "supervised-5e-4": ("end to end from labels, lr 5e-4", "supervised", {"supervised_lr": 5e-4}),
+    "supervised-4e-3": ("end to end from labels, lr 4e-3", "supervised", {"supervised_lr": 4e-3}),
+    "finetuned-4e-3": ("fine-tuned from V-JEPA, lr 4e-3", "finetuned", {**ADAPTED, "finetune_lr": 4e-3}),
+    "unet-4e-3": ("MONAI's U-Net, lr 4e-3", "unet", {"supervised_lr": 4e-3}),
     "supervised-900": ("end to end from labels, 900 steps", "supervised", {"supervised_steps": 900}),
     "finetuned": ("fine-tuned from V-JEPA, lr 1e-3, 300 steps", "finetuned", ADAPTED),
     "finetuned-5e-4": ("fine-tuned from V-JEPA, lr 5e-4", "finetuned", {**ADAPTED, "finetune_lr": 5e-4}),
@@ -181,7 +184,7 @@ def tune(data, seeds, only):
 
 
 # The frozen recipe: VideoMAE from the shipped weights, then V-JEPA, both on the training patients of the data judged.
-RECIPE = SIZE | ADAPTED
+RECIPE = SIZE | ADAPTED | {"supervised_lr": 2e-3, "finetune_lr": 2e-3}
 # method -> what `segmentation` takes, and the settings that differ
 JUDGED = {"prior": ({}, {}), "random": ({}, {}), "videomae": ({}, {}), "vjepa": ({}, {}),
           "vjepa_ll": ({"lam": 0.25}, {}), "vjepa_ll 0.9": ({"lam": 0.9}, {}),
