@@ -7,6 +7,7 @@
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
 #   make test-slurm          the grid on a SLURM of one node that is started for it (Debian; about 12 minutes)
+#   make verify              is the result table what data, runs and code give? (another file: SUMMARY=...)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
@@ -27,7 +28,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-slurm lint clean clean-all setup
+.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-slurm verify lint clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -97,6 +98,9 @@ test-notebooks: $(READY)
 # A real SLURM of one node on loopback (Debian; root only to install it), with a job that is killed half-way.
 test-slurm: $(READY)
 	@$(BIN)/python tests/slurm/one_node.py
+
+verify: $(READY)
+	@$(BIN)/python -m usjepa_nb.verify $(or $(SUMMARY),data_cache/runs/$(PROFILE)/summary.json) $(if $(DATA),--data "$(DATA)")
 
 lint: $(READY)
 	@$(BIN)/ruff check .

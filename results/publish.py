@@ -1,6 +1,6 @@
 """After a `make run` on the phantom: refresh what the repository shows of it. `make results` calls this.
 
-Copies the result table to results/<profile>/, draws the overlay of the README, and executes the committed notebooks in
+Copies the result tables to results/<profile>/, draws the overlay of the README, and executes the committed notebooks in
 place (their runs are on disk, so this takes minutes). Real data never comes here: there is no parameter for it.
 """
 
@@ -39,6 +39,8 @@ def main(profile: str = "tiny") -> None:
     folder = ROOT / "results" / lab.profile.name
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(lab.cache / "runs" / lab.profile.name / "summary.json", folder)
+    if (whole := lab.results("paper") / "summary.json").exists():  # of `make table1` and `make table2`
+        shutil.copy(whole, folder / "tables.json")
     (folder / "overlay.png").write_bytes(figures.png(overlay(lab)))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         subprocess.run([sys.executable, "-m", "usjepa_nb.execute", notebook, notebook], check=True, cwd=ROOT)

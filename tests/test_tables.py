@@ -10,7 +10,7 @@ import torch
 import yaml
 from smoke_lab import beside, smoke_lab
 
-from usjepa_nb import controls, dataset, pretrain, segment, tables
+from usjepa_nb import controls, dataset, pretrain, segment, tables, verify
 from usjepa_nb.grid import Cell
 from usjepa_nb.runs import Lab
 from usjepa_nb.segment import segmentation
@@ -164,3 +164,53 @@ def test_the_tables_are_printed_with_where_they_lie(written, grid_file, monkeypa
     assert "Table 2: mean DSC over 4 test videos (phantom-10x1.2mm, video, one seed)" in text and "Table 1" in text
     assert "DSC, 100 % of labels" in text and text.index("100 %") < text.index("10 %")
     assert f"{content['rows'][0]['dsc']:.3f}" in text and "data_cache/notebooks/smoke-mine/summary.json" in text
+
+
+# --- verify
+
+@pytest.fixture
+def honest(written, grid_file, monkeypatch):
+    """A summary as it was written, and its cache; the grid is found under its name."""
+    own, content = written
+    monkeypatch.setattr(pretrain, "train", lambda *a, **k: pytest.fail("nothing is trained here"))
+    return own, json.loads(json.dumps(content | {"grid": grid_file}))
+
+
+def complaints(own, content, path):
+    path.write_text(json.dumps(content))
+    return verify.check(path, cache=str(own.cache))
+
+
+def test_an_honest_summary_holds(honest, tmp_path, monkeypatch, capsys):
+    own, content = honest
+    found = complaints(own, content, tmp_path / "summary.json")
+    assert found == [f"grid: {content['grid']!r} is said, 'mine' is found"]  # a file of one's own goes by its path
+    content["seconds"], content["commit"] = {}, "other"
+    monkeypatch.setattr(verify, "MAY_DIFFER", verify.MAY_DIFFER | {"grid"})
+    assert complaints(own, content, tmp_path / "summary.json") == []
+    assert verify.main([str(tmp_path / "summary.json"), "--cache", str(own.cache)]) == 0
+    assert "every number is what data, runs and code give" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda c: c["rows"][3].update(dsc=c["rows"][3]["dsc"] + 1e-9), "rows: random, 10 % of the labels, seed 0: dsc is"),
+    (lambda c: c["table1"].pop(), "table1: vjepa_ll-lam0.25-f0, 10 % of the labels, seed 0 is on disk and not in the"),
+    (lambda c: c["rows"].append(c["rows"][0] | {"cell": "magic"}), "magic, 100 % of the labels, seed 0 is not on disk"),
+    (lambda c: c.update(data_hash="0"), "data_hash: '0' is said"),
+    (lambda c: c["versions"].update(torch="1.0"), "versions: "),
+    (lambda c: c.update(data="phantom-9x1.2mm"), "is about phantom-9x1.2mm, and this is phantom-10x1.2mm"),
+])
+def test_what_was_tampered_with_is_named(honest, tmp_path, monkeypatch, spoil, says):
+    own, content = honest
+    monkeypatch.setattr(verify, "MAY_DIFFER", verify.MAY_DIFFER | {"grid"})
+    spoil(content)
+    (one,) = complaints(own, content, tmp_path / "summary.json")
+    assert says in one
+
+
+def test_what_is_no_summary_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text('{"rows": []}')
+    assert verify.main([str(path), str(tmp_path / "none.json")]) == 1
+    text = capsys.readouterr().out
+    assert "is no summary of this package, it lacks data, " in text and "none.json" in text

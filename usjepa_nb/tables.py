@@ -120,8 +120,8 @@ def commit() -> str:
         return ""
 
 
-def write(lab: Lab, grid: str = "walk") -> dict:
-    """Write summary.json with both tables, what is missing, provenance and seconds per stage; what it holds."""
+def summary(lab: Lab, grid: str = "walk") -> dict:
+    """Both tables of a grid from what is on disk, what is missing, provenance and seconds per stage."""
     g = lab.grid(grid)
     scores, missing = collect(lab, g.cells, g.fractions, g.seeds, train=False)
     trained = {}
@@ -134,14 +134,18 @@ def write(lab: Lab, grid: str = "walk") -> dict:
                     trained[name] = json.loads(file.read_text())["seconds"]
     as_json = lambda table: json.loads(table.to_json(orient="records"))  # noqa: E731
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    content = {"profile": lab.profile.name, "grid": g.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
-               "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note,
-               "seeds": [lab.seed + k for k in range(g.seeds)], "commit": commit(),
-               "machine": f"{platform.machine()}, Python {platform.python_version()}" + (f", {gpu}" if gpu else ""),
-               "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
-               "table1": as_json(rows(scores, g.table1, "val")),
-               "rows": as_json(rows(scores, g.table2, "test"))}
-    folder = lab.results(grid)
+    return {"profile": lab.profile.name, "grid": g.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
+            "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note,
+            "seeds": [lab.seed + k for k in range(g.seeds)], "commit": commit(),
+            "machine": f"{platform.machine()}, Python {platform.python_version()}" + (f", {gpu}" if gpu else ""),
+            "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
+            "table1": as_json(rows(scores, g.table1, "val")),
+            "rows": as_json(rows(scores, g.table2, "test"))}
+
+
+def write(lab: Lab, grid: str = "walk") -> dict:
+    """Write `summary` to summary.json in the folder of the executed notebooks, and return it."""
+    content, folder = summary(lab, grid), lab.results(grid)
     folder.mkdir(parents=True, exist_ok=True)
     for where in [folder] + [lab.cache / "runs" / lab.profile.name] * (grid == "walk"):
         write_text(where / "summary.json", json.dumps(content, indent=1))

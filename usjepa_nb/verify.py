@@ -1,0 +1,75 @@
+"""Is a summary what data, runs and code give? `python -m usjepa_nb.verify FILE [--data CAMUS]` compares.
+
+The masks on disk are scored anew; nothing is trained. Seconds and the commit may differ, everything else may not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from usjepa_nb import tables
+from usjepa_nb.runs import Lab
+
+MAY_DIFFER = {"seconds", "commit", "machine"}
+
+
+def check(path: Path, data: str = "", cache: str = "data_cache") -> list[str]:
+    """What in a summary.json differs from what is on disk, a sentence each; empty where it all holds.
+
+    Raises:
+        OSError, ValueError: the file cannot be read as a summary.
+    """
+    said = json.loads(Path(path).read_text(encoding="utf-8"))
+    if lacking := {"profile", "grid", "seeds", "data", "data_hash", "rows", "table1"} - set(said):
+        raise ValueError(f"{path}: is no summary of this package, it lacks {', '.join(sorted(lacking))}; give the "
+                         "summary.json of a `make run` or `make table1`")
+    lab = Lab(said["profile"], data, cache, said["seeds"][0])
+    if lab.data_name != said["data"]:
+        return [f"{path}: is about {said['data']}, and this is {lab.data_name}; name the data set with --data"]
+    found = json.loads(json.dumps(tables.summary(lab, said["grid"])))
+    plain = sorted(found.keys() - MAY_DIFFER - {"rows", "table1"})
+    complaints = [f"{key}: {said.get(key)!r} is said, {found[key]!r} is found" for key in plain
+                  if said.get(key) != found[key]]
+    for key in ("rows", "table1"):
+        complaints += differing(key, said[key], found[key])
+    return complaints
+
+
+def differing(key: str, said: list[dict], found: list[dict]) -> list[str]:
+    """Rows of a table that are not the same, bit for bit; seconds apart."""
+    name = lambda row: (row["cell"], row["fraction"], row["seed"])  # noqa: E731
+    there, out = {name(row): row for row in found}, []
+    for row in said:
+        other = there.pop(name(row), None)
+        what = "{}, {} % of the labels, seed {}".format(*name(row))
+        if other is None:
+            out.append(f"{key}: {what} is not on disk")
+        elif changed := [k for k in row if k != "seconds" and row[k] != other.get(k)]:
+            k = changed[0]
+            out.append(f"{key}: {what}: {k} is {row[k]} in the file and {other.get(k)} on disk")
+    return out + [f"{key}: {c}, {f} % of the labels, seed {s} is on disk and not in the file" for c, f, s in there]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m usjepa_nb.verify", description=__doc__.split("\n")[0])
+    parser.add_argument("summary", type=Path, nargs="+")
+    parser.add_argument("--data", default="", help="the CAMUS folder, where it is not the phantom")
+    parser.add_argument("--cache", default="data_cache")
+    a = parser.parse_args(argv)
+    wrong = False
+    for path in a.summary:
+        try:
+            complaints = check(path, a.data, a.cache)
+        except (OSError, ValueError) as error:
+            complaints = [str(error)]
+        print(*complaints or [f"{path}: every number is what data, runs and code give"], sep="\n")
+        wrong |= bool(complaints)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
