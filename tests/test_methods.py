@@ -233,6 +233,18 @@ def test_videomae_takes_encoder_and_decoder_from_a_published_file(lab, tmp_path,
     assert ("holds no decoder, which starts at random" in capsys.readouterr().out) is not whole
 
 
+@pytest.mark.parametrize("positions", ["sincos1d", "sincos3d"])
+def test_videomae_goes_on_from_a_checkpoint_of_its_own(lab, positions):
+    own = variant(lab, decoder_positions=positions)
+    trained = own.encoder("videomae").objective
+    path = own.folder(own.spec("videomae")) / "checkpoint.pt"
+    assert same(variant(own, init_videomae=str(path)).objective(own.spec("videomae")), trained)
+    other = {"sincos1d": "sincos3d", "sincos3d": "sincos1d"}[positions]
+    wrong = variant(lab, decoder_positions=other, init_videomae=str(path))
+    with pytest.raises(weights.WeightsError, match=f"was trained with {positions} positions"):
+        wrong.objective(wrong.spec("videomae"))
+
+
 # --- the static teacher
 
 def test_salts_teacher_learns_pixels_under_v_jepas_masks(lab, monkeypatch):

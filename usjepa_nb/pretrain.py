@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from usjepa_nb import weights
 from usjepa_nb.profile import Profile
+from usjepa_nb.vit import Encoder
 
 
 class Diverged(RuntimeError):
@@ -110,10 +111,13 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         yield rows[-1]
 
 
-def states(objective: nn.Module) -> dict[str, dict]:
+def states(objective: nn.Module) -> dict:
     """State per part, in the layout of the published checkpoints: encoder, target_encoder, predictor, …"""
     parts = {name: module.state_dict() for name, module in objective.named_children()}
-    return parts | {"buffers": dict(objective.named_buffers(recurse=False))}
+    parts["buffers"] = dict(objective.named_buffers(recurse=False))
+    if isinstance(encoder := getattr(objective, "encoder", None), Encoder):  # its position table is not stored
+        parts["positions"] = encoder.positions
+    return parts
 
 
 def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, list[dict]]:

@@ -115,6 +115,7 @@ class Encoder(nn.Module):
                  positions: str = "sincos3d"):
         super().__init__()
         self.grid, self.tubelet, self.width, self.heads, self.channels = grid, tubelet, width, heads, channels
+        self.positions = positions
         self.patch_embed = TubeletEmbedding(tubelet, channels, width)
         self.register_buffer("pos_embed", POSITIONS[positions](grid, width), persistent=False)
         self.blocks = make_blocks(width, depth, heads)
