@@ -50,7 +50,7 @@ def written(lab, grid_file, tmp_path_factory):
 def test_the_summary_names_data_seeds_code_and_machine(written, grid_file):
     own, content = written
     assert set(content) == {"profile", "grid", "data", "data_hash", "ed_es_only", "split", "seeds", "commit", "machine",
-                            "versions", "seconds", "missing", "table1", "rows"}
+                            "versions", "seconds", "missing", "effects", "table1", "rows"}
     assert (content["profile"], content["grid"], content["seeds"]) == ("smoke", "mine", [0])
     assert content["data_hash"] == own.store.data_hash and content["versions"]["torch"] == torch.__version__
     assert json.loads((own.results(grid_file) / "summary.json").read_text()) == content
@@ -75,6 +75,17 @@ def test_a_row_is_the_mean_and_sd_over_test_videos(written):
     row = content["rows"][-1]
     assert row["dsc"] == pytest.approx(np.mean(chosen["dsc"])) and row["ppv"] == pytest.approx(np.mean(chosen["ppv"]))
     assert row["dsc_sd"] == pytest.approx(np.std(chosen["dsc"], ddof=1)) and row["dsc_es"] == chosen["dsc_es"].mean()
+
+
+def test_effects_are_paired_differences_of_what_was_asked(written):
+    _, content = written
+    got = [(r["a"], r["b"], r["fraction"]) for r in content["effects"]]
+    random, ll = "frozen random encoder", "V-JEPA + LL (λ = 0.25)"
+    assert got == [(a, b, f) for f in (100, 10) for a, b in (
+        ("VideoMAE", random), ("V-JEPA", random), (ll, random), (ll, "V-JEPA"),
+        ("V-JEPA, fine-tuned", "supervised, end to end"))]
+    mean = {r["cell"]: r["dsc"] for r in content["rows"] if r["fraction"] == 100}  # as many videos of each patient
+    assert content["effects"][0]["difference"] == pytest.approx(mean["videomae"] - mean["random"])
 
 
 def test_seconds_are_those_of_these_cells(written):
@@ -162,6 +173,8 @@ def test_the_tables_are_printed_with_where_they_lie(written, grid_file, monkeypa
     tables.main("smoke", "0", grid_file)
     text = capsys.readouterr().out
     assert "Table 2: mean DSC over 4 test videos (phantom-10x1.2mm, video, one seed)" in text and "Table 1" in text
+    first = content["effects"][0]
+    assert f"100 %  {first['a']} minus frozen random encoder: {first['difference']:+.3f} [" in text
     assert "DSC, 100 % of labels" in text and text.index("100 %") < text.index("10 %")
     assert f"{content['rows'][0]['dsc']:.3f}" in text and "data_cache/notebooks/smoke-mine/summary.json" in text
 

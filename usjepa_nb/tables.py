@@ -19,7 +19,7 @@ import torch
 
 from usjepa_nb import metrics
 from usjepa_nb.grid import Cell
-from usjepa_nb.methods import END_TO_END, UNTRAINED
+from usjepa_nb.methods import END_TO_END, PRETRAINED, UNTRAINED
 from usjepa_nb.profile import ROOT
 from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
@@ -111,6 +111,18 @@ def rows(scores: pd.DataFrame, cells: Iterable[Cell], split: str, which: str = "
     return table.assign(split=split, probe=which)
 
 
+def effects(scores: pd.DataFrame, cells: Iterable[Cell], fractions: Iterable[int]) -> pd.DataFrame:
+    """What is asked of table 2, on test patients: pre-trained against random, LL against the same V-JEPA without it,
+    and fine-tuned against from scratch. Columns as `compare`.
+    """
+    name = dict(scores[["cell", "method"]].drop_duplicates().to_numpy())
+    asked = [(c.id, "random") for c in cells if c.method in PRETRAINED]
+    asked += [(c.id, Cell("vjepa", 1.0, c.freeze).id) for c in cells if c.method == "vjepa_ll"]
+    asked += [("finetuned", "supervised")]
+    pairs = [(name[a], name[b]) for a, b in asked if {a, b} <= name.keys()]
+    return compare(per_patient(scores, "test"), pairs, fractions)
+
+
 def commit() -> str:
     """The commit of the checkout, with "+" where files differ from it; empty outside of one."""
     git = lambda *a: subprocess.run(["git", "-C", ROOT, *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
@@ -139,6 +151,7 @@ def summary(lab: Lab, grid: str = "walk") -> dict:
             "seeds": [lab.seed + k for k in range(g.seeds)], "commit": commit(),
             "machine": f"{platform.machine()}, Python {platform.python_version()}" + (f", {gpu}" if gpu else ""),
             "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
+            "effects": as_json(effects(scores, g.table2, g.fractions)),
             "table1": as_json(rows(scores, g.table1, "val")),
             "rows": as_json(rows(scores, g.table2, "test"))}
 
@@ -165,6 +178,11 @@ def main(profile: str = "tiny", seed: str = "0", grid: str = "walk", data: str =
         shown = shown[sorted(shown.columns, reverse=True)].rename(columns=lambda f: f"DSC, {f} % of labels")
         print(f"\n{title}: mean DSC over {table.videos.iloc[0]} {split} videos ({lab.data_name}, {kind}, {seeds}):\n")
         print(shown.to_string(float_format=lambda v: f"{v:.3f}", na_rep="missing"))
+    if content["effects"]:
+        print("\nPaired differences over test patients, mean [95 % interval]:\n")
+    for r in content["effects"]:
+        bounds = f"[{r['low']:+.3f}, {r['high']:+.3f}]" if r["n"] > 1 else "(one patient)"
+        print(f"{r['fraction']:4d} %  {r['a']} minus {r['b']}: {r['difference']:+.3f} {bounds}")
     for (cell, reason), g in pd.DataFrame(content["missing"] or {"cell": [], "reason": []}).groupby(["cell", "reason"]):
         print(f"missing: {cell} ({len(g)} of its scores): {reason}")
     where = lab.results(grid)
