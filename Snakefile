@@ -105,7 +105,8 @@ rule notebook:
         settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
         source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
-    priority: lambda w: 2 if "--supervised" in w.name else 1 if w.name.startswith("03_") else 0  # the longest first
+    priority: lambda w: 3 if "--supervised" in w.name else 2 if "--vjepa-lam1-f0-" in w.name else \
+        1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
     params:
         extra=lambda w: (trains | probes).get(w.name, f"-p seed {SEED}"), data=GIVEN,
     shell:
