@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import yaml
-
-from usjepa_nb.profile import END_TO_END, ROOT
+from usjepa_nb.profile import END_TO_END, ROOT, read_yaml
 
 FOLDER = ROOT / "grids"
 CONTROLS = ("prior", "random", "initial", "imagenet", *END_TO_END)
@@ -88,11 +86,7 @@ def load(name: str, depth: int, initial: bool = True) -> Grid:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise GridError(f"{path}: no such grid; choose one of {known}, or give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise GridError(f"{path}: is not readable as YAML ({reason}); compare it with grids/paper.yaml") from e
+    values = read_yaml(path, GridError, "grids/paper.yaml")
     see_keys(path, "", values, {"seeds", "fractions", *TABLES})
     for table, keys in TABLES.items():
         see_keys(path, table + ": ", values[table], keys)

@@ -172,11 +172,7 @@ def load(name: str, **changes) -> Profile:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
         raise ProfileError(f"{path}: no such profile; choose one of {known}, or give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ProfileError(f"{path}: is not readable as YAML ({reason}); compare it with profiles/tiny.yaml") from e
+    values = read_yaml(path, ProfileError, "profiles/tiny.yaml")
     if not isinstance(values, dict):
         raise ProfileError(f"{path}: holds no settings; compare it with profiles/tiny.yaml")
     values |= changes
@@ -186,6 +182,19 @@ def load(name: str, **changes) -> Profile:
     if missing := sorted(fields.keys() - values.keys()):
         raise ProfileError(f"{path}: setting {', '.join(missing)} is missing; see profiles/tiny.yaml")
     return Profile(path.stem, **{k: typed(path, k, v, fields[k]) for k, v in values.items()})
+
+
+def read_yaml(path: Path, error: type[ValueError], model: str):
+    """What a YAML file holds.
+
+    Raises:
+        error: not readable as YAML; the message names the file to compare it with.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise error(f"{path}: is not readable as YAML ({reason}); compare it with {model}") from e
 
 
 def typed(path: Path, key: str, value, kind: str):
