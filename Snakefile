@@ -8,7 +8,6 @@
 import shlex
 
 from usjepa_nb.dataset import Dataset
-from usjepa_nb.methods import ADAPTED
 
 PROFILE = config.get("profile", "tiny")
 DATA = str(config.get("data", ""))

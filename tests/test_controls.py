@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from usjepa_nb.controls import EndToEnd, Supervised, UNet
+from usjepa_nb.controls import EndToEnd, FrameEncoder, Supervised, UNet
 from usjepa_nb.objectives import make_encoder
 from usjepa_nb.probe import segmentation_loss
 from usjepa_nb.profile import load
@@ -118,3 +118,19 @@ def test_image_and_labels_are_augmented_together():
 def test_logits_are_left_to_the_subclass():
     with pytest.raises(NotImplementedError):
         EndToEnd()((noise(), noise().byte()), generator())
+
+
+def test_the_imagenet_encoder_sees_frames_one_by_one_and_averages_a_tubelet():
+    p = load("smoke")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = FrameEncoder(p, 4, pretrained=False).eval()
+    (t, y, x), clips = encoder.grid, torch.randn(2, 1, 4, p.size, p.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = encoder(clips)
+        alone = encoder.net.forward_features(clips[1:, :, 3])[0, encoder.net.num_prefix_tokens:]
+        before = encoder.net.forward_features(clips[1:, :, 2])[0, encoder.net.num_prefix_tokens:]
+        keep = torch.tensor([[3, 0], [5, 1]])
+        torch.testing.assert_close(encoder(clips, keep), torch.stack([z[0, [3, 0]], z[1, [5, 1]]]))
+    assert z.shape == (2, t * y * x, encoder.width) and p.tubelet == 2
+    torch.testing.assert_close(z[1].view(t, y * x, -1)[-1], (alone + before) / 2, atol=1e-4, rtol=1e-4)

@@ -89,6 +89,11 @@ def test_a_fine_tuned_run_is_named_after_the_v_jepa_that_it_starts_from(lab):
     assert len(names) == 6
 
 
+@pytest.mark.parametrize("change", [{"sampling": "balanced"}, {"unlabelled": "fraction"}])
+def test_a_fine_tuned_run_knows_what_its_v_jepa_saw(lab, change):
+    assert name(variant(lab, **change), "finetuned", fraction=10) != name(lab, "finetuned", fraction=10)
+
+
 @pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in (*methods.ADAPTED, "prior")])
 def test_lam_and_frozen_blocks_are_refused_where_they_mean_nothing(lab, method):
     if method != "salt":

@@ -78,6 +78,8 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
     if method == "finetuned":
         settings["base"] = {"steps": p.steps, "lr": p.lr, "encoder_lr": p.encoder_lr}
         settings["encoder_lr"] = 1.0
+        if p.sampling == "balanced" or (p.unlabelled == "fraction" and fraction < 100):  # so is the V-JEPA below it
+            settings["base"] |= {"sampling": p.sampling, "unlabelled": p.unlabelled}
     if method in END_TO_END:  # their decoder is trained with them
         settings |= {"steps": p.supervised_steps, "probe_width": p.probe_width,
                      "lr": p.finetune_lr if method == "finetuned" else p.supervised_lr}
