@@ -14,7 +14,7 @@ import sys
 import ipywidgets
 import matplotlib.figure
 
-from . import figures
+from .. import figures
 
 
 def explore(figure_function, **controls):
