@@ -125,8 +125,8 @@ class InnerFold(Lab):
 class FewClips(InnerFold):
     """An inner fold whose V-JEPA sees the clips of a tenth of the patients alone."""
 
-    def batches(self, rows):
-        return super().batches(self.labelled(10))
+    def batches(self, rows, device="cpu"):
+        return super().batches(self.labelled(10), device)
 
     def spec(self, method, *args, **options):
         spec = super().spec(method, *args, **options)

@@ -317,3 +317,40 @@ def test_tokens_outside_the_sector_are_neither_context_nor_target():
         masks = multiblock((2, 3, 4), 3, generator(), blocks=2, scale=0.2, allowed=allowed, rule=rule)
         for index, valid in ((masks.context, masks.context_valid), (masks.target, masks.target_valid)):
             assert all(token % 4 in (1, 2) for tokens in sets(index, valid) for token in tokens)
+
+
+# --- blocks that end -------------------------------------------------------------------------------------------------
+
+def test_a_block_of_half_the_extent_is_a_solid_box_of_half_the_slices():
+    begins = set()
+    for seed in range(20):
+        masks = multiblock((6, 8, 9), 1, generator(seed), blocks=1, scale=0.2, extent=0.5, rule="pad")
+        hidden = torch.zeros(6 * 8 * 9, dtype=torch.bool)
+        hidden[masks.target[0]] = True
+        times, rows, cols = hidden.view(6, 8, 9).nonzero().T
+        assert len(times) == math.prod(int(v.max() - v.min() + 1) for v in (times, rows, cols))
+        assert int(times.max() - times.min() + 1) == 3
+        begins.add(int(times.min()))
+    assert begins == {0, 1, 2, 3}
+
+
+def test_a_block_spans_one_slice_at_least():
+    masks = multiblock((6, 8, 9), 1, generator(), blocks=1, scale=0.2, extent=0.01)
+    assert len((masks.target[0] // 72).unique()) == 1
+
+
+def test_blocks_through_the_whole_clip_draw_no_beginning():
+    """The published mask takes the same numbers from its generator as it did before a block could end."""
+    g = generator(5)
+    multiblock((6, 8, 9), 2, g, blocks=3, scale=0.1, rule="pad")
+    by_hand = generator(5)
+    torch.empty(()).uniform_(0.75, 1.5, generator=by_hand)
+    for _ in range(2):
+        torch.randint(5, (2, 3, 1), generator=by_hand)
+    assert torch.equal(g.get_state(), by_hand.get_state())
+
+
+@pytest.mark.parametrize("extent", [0.0, -1.0, 1.5])
+def test_an_extent_that_is_no_share_is_refused(extent):
+    with pytest.raises(ValueError, match=rf"extent={extent} is no share of a clip's time slices"):
+        multiblock((2, 4, 4), 1, generator(), blocks=1, scale=0.3, extent=extent)

@@ -66,17 +66,21 @@ def grey(lab, n=4, split="train"):
     return torch.from_numpy(lab.clips(lab.store.rows(split)[:n])[0]).float()
 
 
-class Toy(nn.Module):
+class Toy(objectives.Objective):
     """An objective of one weight and one bias: loss = (w · batch + b)²; `spoil` maps the loss."""
 
     def __init__(self, spoil=lambda loss, w: loss):
         super().__init__()
         self.layer = nn.Linear(1, 1)
         nn.init.ones_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
         self.spoil, self.seen = spoil, []
 
-    def forward(self, batch, generator):
-        return {"loss": self.spoil(self.layer(batch).square().mean(), self.layer.weight)}
+    def prepare(self, batch, generator):
+        return batch
+
+    def losses(self, prepared):
+        return {"loss": self.spoil(self.layer(prepared).square().mean(), self.layer.weight)}
 
     def after_step(self, step):
         self.seen.append(step)
@@ -146,8 +150,8 @@ import smoke_lab
 from usjepa_nb.runs import Lab
 lab = Lab("smoke", cache=sys.argv[1], steps=12, videomae_steps=12, log_every=1)
 real = lab.batches
-def batches(rows):
-    batch = real(rows)
+def batches(rows, device):
+    batch = real(rows, device)
     def slow(generator, n):
         time.sleep(0.1)
         return batch(generator, n)
@@ -305,6 +309,101 @@ def test_a_damaged_checkpoint_is_named(lab, tmp_path):
         train(variant(lab, steps=2), tmp_path / "c.pt")
 
 
+# --- fast ways that change nothing
+
+def gradients(objective, batch):
+    """Losses of one batch and the gradients of every weight."""
+    out = objective(batch, torch.Generator().manual_seed(5))
+    out["loss"].backward()
+    return ({k: float(v.detach()) for k, v in out.items()},
+            {n: v.grad.clone() for n, v in objective.named_parameters() if v.grad is not None})
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_rule": "pad"}, {"sector_aware": False}, {"ll_on": "context"},
+                                     {"variance": 0.5}, {"target_layers": 1, "centre": 0.0}])
+@pytest.mark.parametrize("freeze", [0, 1])
+def test_both_mask_kinds_in_one_pass_give_the_same_losses_and_gradients(lab, changes, freeze):
+    found = []
+    for one_pass in (False, True):
+        mine = variant(lab, mask="multiblock", one_pass=one_pass, **changes)
+        objective, passes = objective_of(mine, freeze=freeze), []
+        objective.predictor.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        found.append((*gradients(objective, grey(lab, 3)), len(passes)))
+    (apart, g1, n1), (together, g2, n2) = found
+    assert (n1, n2) == (2, 1) and together == pytest.approx(apart, rel=1e-5, abs=1e-6)
+    assert g1.keys() == g2.keys()
+    for name, g in g1.items():
+        torch.testing.assert_close(g2[name], g, atol=1e-5 * float(g.abs().max()) + 1e-7, rtol=1e-3)
+
+
+def test_frozen_blocks_have_one_copy_of_their_weights_no_gradient_and_no_moments(lab, tmp_path):
+    objective, _ = train(variant(lab, steps=3), tmp_path / "c.pt", freeze=1)
+    shared = [objective.encoder.patch_embed, objective.encoder.blocks[0]]
+    mirrored = [objective.target_encoder.patch_embed, objective.target_encoder.blocks[0]]
+    for ours, theirs in zip(shared, mirrored, strict=True):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert a is b and not a.requires_grad and a.grad is None
+    free = {id(p) for p in objective.encoder.blocks[1].parameters()}
+    assert not free & {id(p) for p in objective.target_encoder.parameters()}  # what learns has an EMA of its own
+    file = weights.read(tmp_path / "c.pt")
+    learning = [p for p in objective.parameters() if p.requires_grad]
+    assert len(file["optimizer"]["state"]) == len(learning)
+    kept = {file[part][name].untyped_storage().data_ptr() for part in ("encoder", "target_encoder")
+            for name in file[part] if name.startswith(("blocks.0.", "patch_embed."))}
+    assert len(kept) == len([*shared[0].parameters(), *shared[1].parameters()])  # and one copy on disk
+    fresh = objective_of(variant(lab, steps=3), freeze=1)
+    pretrain.resume(tmp_path / "c.pt", fresh)
+    assert same(fresh.state_dict(), objective.state_dict())
+
+
+def test_frozen_blocks_keep_nothing_for_the_backward_pass(lab):
+    """What autograd holds between the passes falls with every frozen block."""
+    held = []
+    for freeze in (0, 1, 2):
+        objective, kept = objective_of(lab, freeze=freeze), {}
+        prepared = objective.prepare(grey(lab, 3), torch.Generator().manual_seed(5))
+        weights_of = {t.untyped_storage().data_ptr() for t in (*objective.parameters(), *objective.buffers())}
+
+        def pack(t, kept=kept, own=weights_of):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        masks = prepared.kinds[0]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            objective.encoder(prepared.clips, masks.context, masks.context_valid)
+        held.append(sum(kept.values()))
+    assert held[0] > 1.8 * held[1] and held[1] > 4 * held[2]  # two blocks, one, only the last norm
+
+
+def test_the_loop_reads_numbers_back_once_a_look_and_not_once_a_step(tmp_path, monkeypatch):
+    looks, real = [], pretrain.as_numbers
+    monkeypatch.setattr(pretrain, "as_numbers", lambda rows: looks.append(len(rows)) or real(rows))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a number was read back inside a step"))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a number was read back inside a step"))
+    rows = list(pretrain.train(Toy(), ones, load("smoke", steps=7, log_every=3), tmp_path / "c.pt", seed=0,
+                               fabric=Fabric(accelerator="cpu")))
+    assert looks == [3, 3, 1] and [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(isinstance(v, float | int) for r in rows for v in r.values())
+
+
+def test_compiled_blocks_train_alike(lab, tmp_path):
+    """Without a compiler on the machine the eager backend stands in: the graphs are still traced."""
+    import torch._dynamo
+
+    with pytest.MonkeyPatch.context() as patch:
+        block = type(objective_of(lab).encoder.blocks[0])
+        real = block.compile
+        patch.setattr(block, "compile", lambda self, **how: real(self, backend="aot_eager", **how))
+        _, compiled = train(variant(lab, steps=3, log_every=1, compile=True), tmp_path / "c.pt")
+    torch._dynamo.reset()
+    _, eager = train(variant(lab, steps=3, log_every=1), tmp_path / "e.pt")
+    for a, b in zip(compiled, eager, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert list(weights.read(tmp_path / "c.pt")["encoder"]) == list(weights.read(tmp_path / "e.pt")["encoder"])
+
+
 # --- divergence
 
 def test_a_loss_that_is_no_number_stops_with_a_remedy_and_leaves_the_last_good_checkpoint(lab, tmp_path):
@@ -330,7 +429,7 @@ def test_a_gradient_that_is_no_number_stops_too(tmp_path):
     root = Toy(lambda loss, w: loss + (w * 0).abs().sqrt().sum())  # finite, with the slope 0 · inf
     with pytest.raises(pretrain.Diverged, match=r"step 1: loss \d.*gradient norm nan.*No checkpoint had been written"):
         list(pretrain.train(root, ones, load("smoke"), tmp_path / "c.pt", seed=0, fabric=Fabric(accelerator="cpu")))
-    assert torch.equal(root.layer.weight, torch.ones(1, 1)) and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 # --- the loop
@@ -411,7 +510,7 @@ def test_weight_decay_falls_on_matrices_alone(lab, method):
 def test_the_encoder_may_learn_slower_than_the_rest(lab, tmp_path):
     """Half the rate for the encoder: the first step of AdamW moves every weight by its own rate."""
     p = lab.profile.replace(steps=4, warmup=0.0, lr=1e-3, lr_end=1e-3, weight_decay=0.0, weight_decay_end=0.0,
-                            encoder_lr=0.5)
+                            encoder_lr=0.5, log_every=1)
     objective = objective_of(lab, "videomae")
     before = {n: v.detach().clone() for n, v in objective.named_parameters()}
     next(pretrain.train(objective, lab.batches(lab.store.rows("train")), p, tmp_path / "c.pt", seed=0,

@@ -10,13 +10,14 @@ import timm
 from torch import Generator, Tensor, nn
 
 from usjepa_nb.augment import augment, standardise
+from usjepa_nb.objectives import Objective
 from usjepa_nb.probe import CLASSES, SegmentationProbe, encode, segmentation_loss
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder, gather
 from usjepa_nb.weights import WeightsError
 
 
-class EndToEnd(nn.Module):
+class EndToEnd(Objective):
     """Cross-entropy on augmented labelled clips; a subclass says how `logits` come from a clip."""
 
     @property
@@ -28,12 +29,13 @@ class EndToEnd(nn.Module):
         """Grey clips 0…255 [B, T, H, W] -> [B, classes, T, H, W]."""
         raise NotImplementedError
 
-    def forward(self, batch: tuple[Tensor, Tensor], generator: Generator) -> dict[str, Tensor]:
-        grey, masks = augment(batch[0], generator, batch[1])
-        return {"loss": segmentation_loss(self.logits(grey), masks)}
+    def prepare(self, batch: tuple[Tensor, Tensor], generator: Generator) -> tuple[Tensor, Tensor]:
+        """Clips and masks, uint8 [B, T, H, W] each -> one augmented view of both."""
+        return augment(batch[0], generator, batch[1])
 
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
+    def losses(self, prepared: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        grey, masks = prepared
+        return {"loss": segmentation_loss(self.logits(grey), masks)}
 
 
 class Supervised(EndToEnd):

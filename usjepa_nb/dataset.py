@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import platform
+import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -29,17 +31,36 @@ def digest(value) -> str:
 
 
 def refuse_leaks(table: pd.DataFrame, where) -> None:
-    """See that no patient is in two parts, under one name or (same files) under two.
+    """See that no patient is in two parts, under one name or (same files, or same `ends`) under two.
 
     Raises:
         CamusError: naming the patients.
     """
-    for key in ("patient", "sha256"):
-        for _, same in table.groupby(key):
-            names, parts = same["patient"].unique(), same["split"].unique()
-            if len(parts) > 1:
-                raise CamusError(f"{where}: {' = '.join(names)} is in {' and '.join(parts)} at once, so scores would "
-                                 "mean nothing: correct the CAMUS folder, delete this file and convert again")
+    for key in table.columns.intersection(["patient", "sha256", "ends"]):
+        for names, parts in in_two_parts(table, key):
+            raise CamusError(f"{where}: {' = '.join(names)} is in {' and '.join(parts)} at once, so scores would "
+                             "mean nothing: correct the CAMUS folder, delete this file and convert again")
+
+
+def in_two_parts(table: pd.DataFrame, key: str) -> Iterator[tuple]:
+    """(patients, parts) of the rows that share a value of the column `key` and are not all in one part."""
+    for _, same in table.groupby(key):
+        names, parts = same["patient"].unique(), same["split"].unique()
+        if len(parts) > 1:
+            yield names, parts
+
+
+def with_pictures(opened: store.Store) -> pd.DataFrame:
+    """The table of a store with hashes of the pixels, which stay when files are packed or described anew.
+
+    Columns ED, ES: of that frame; ends: of both. A frame of one grey value tells nothing, so it is its row's own.
+    """
+    found = []
+    for i in range(len(opened)):
+        ends = opened.ends(i)
+        found.append([hashlib.sha256(frame).hexdigest() if np.ptp(frame) else str(i) for frame in ends])
+    ed, es = zip(*found, strict=True)
+    return opened.table.assign(ED=ed, ES=es, ends=["".join(pair) for pair in found])
 
 
 class Dataset:
@@ -51,13 +72,25 @@ class Dataset:
         cache: where data, runs and features are kept.
         seed: of labelled patients, initial weights, batches and probes.
         changes: single settings to override.
+
+    Raises:
+        ProfileError: see `profile.load`.
+        ValueError: a seed that is out of range.
+        OSError: no file can be made in `cache`.
     """
 
     def __init__(self, profile: str = "tiny", data: str = "", cache: str = "data_cache", seed: int = 0, **changes):
         self.profile: Profile = load(profile, **changes)
         self.data, self.seed = str(data), int(seed)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {seed} is not possible: choose a whole number from 0 to {2**32 - 1}")
         self.cache = ROOT / cache  # an absolute `cache` stays what it is
-        self.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.cache).close()  # sees permissions and read-only mounts alike
+        except OSError as e:
+            raise OSError(f"cache = {str(self.cache)!r} is not possible: no file can be made there ({e.strerror}); "
+                          "give another folder") from e
 
     def about(self) -> None:
         """Print what the results of this notebook depend on: profile, data, seed, versions, device."""
@@ -71,8 +104,15 @@ class Dataset:
 
     @property
     def device(self) -> str:
-        """Where features and probes are computed: the GPU if there is one and the profile does not say "cpu"."""
-        return "cuda" if torch.cuda.is_available() and self.profile.accelerator != "cpu" else "cpu"
+        """Where features and probes are computed: the GPU if there is one and the profile does not say "cpu".
+
+        Raises:
+            ProfileError: the profile says "cuda", and there is no GPU.
+        """
+        p = self.profile
+        if p.accelerator == "cuda" and not torch.cuda.is_available():
+            p.refuse("accelerator", "torch sees no GPU here; choose auto or cpu, or install torch for your GPU")
+        return "cuda" if torch.cuda.is_available() and p.accelerator != "cpu" else "cpu"
 
     @property
     def tree(self) -> Path:
@@ -112,7 +152,12 @@ class Dataset:
             print(f"{self.hdf5.name}: {report.converted} sequences converted, {report.reused} reused, "
                   f"{len(report.refused)} refused")
         opened = store.Store(self.hdf5)
-        refuse_leaks(opened.table, self.hdf5)
+        table = with_pictures(opened)
+        refuse_leaks(table, self.hdf5)
+        for instant in ("ED", "ES"):
+            for names, parts in in_two_parts(table, instant):
+                print(f"{' and '.join(names)} share one {instant} frame, and are in {' and '.join(parts)}: one of them "
+                      "is wrong in this copy; leave one out, or put both in one part")
         if opened.ed_es_only:
             print("ED/ES only: these clips are [ED, ED, ES, ES], not video; read every result below with that in mind")
         return opened
@@ -143,8 +188,10 @@ class Dataset:
         index = self.store.clip(int(row), self.frames, p.clip_rule, p.frame_step).index
         return tuple(int(np.abs(index - meta[name]).argmin()) for name in ("ed", "es"))
 
-    def batches(self, rows: np.ndarray):
+    def batches(self, rows: np.ndarray, device="cpu"):
         """A function (generator, n) -> augmented grey clips [n, T, S, S] drawn from store rows, for training.
+
+        Bytes go to the device as they are; cropping and the rest is done there.
 
         Raises:
             ValueError: a row is not in the training part.
@@ -164,7 +211,7 @@ class Dataset:
             else:
                 drawn = torch.randint(len(rows), (n,), generator=generator)
             chosen = rows[drawn.numpy()]
-            return view(torch.from_numpy(self.clips(chosen, generator)[0]), generator)
+            return view(torch.from_numpy(self.clips(chosen, generator)[0]).to(device, non_blocking=True), generator)
         return batch
 
     def labelled(self, fraction: int = 100) -> np.ndarray:

@@ -78,8 +78,8 @@ class LocalisationHead(nn.Module):
         return self.mlp(torch.cat([e_m1, e_m2], -1))
 
 
-def l_ll(head: LocalisationHead, predicted: Tensor, masks: Masks, grid: Grid, pairs: int,
-         generator: Generator) -> Tensor:
+def l_ll(head: LocalisationHead, predicted: Tensor, masks: Masks, grid: Grid, pairs: int | tuple[Tensor, Tensor],
+         generator: Generator | None = None) -> Tensor:
     """Eq. 3: mean over all pairs of || F([e_m1; e_m2]) - Delta_m1,m2 ||_2^2.
 
     The formula is a squared norm, the *sum* over the three axes; the text calls it a mean squared error, which
@@ -88,8 +88,9 @@ def l_ll(head: LocalisationHead, predicted: Tensor, masks: Masks, grid: Grid, pa
 
     Args:
         predicted: predictor outputs e on the masked tokens, [B, Kt, D].
+        pairs: how many to draw with the generator, or drawn ones (`sample_pairs`).
     """
-    m1, m2 = sample_pairs(masks, pairs, generator)
+    m1, m2 = sample_pairs(masks, pairs, generator) if isinstance(pairs, int) else pairs
     offset = head(gather(predicted, m1), gather(predicted, m2))
     truth = delta(masks.target.gather(1, m1), masks.target.gather(1, m2), grid)
     return (offset - truth).square().sum(-1).mean()

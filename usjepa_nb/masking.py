@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from usjepa_nb.vit import Grid, patchify
 
@@ -48,6 +49,18 @@ class Masks:
         return Masks(*(v if v is None else v.to(device, non_blocking=True) for v in vars(self).values()))
 
 
+def stack(kinds: list[Masks]) -> Masks:
+    """Masks of several kinds below one another, as one batch, padded to the longest; what is padding is marked."""
+    def below(index: list[Tensor], valid: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        K = max(i.shape[1] for i in index)
+        valid = [torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in zip(index, valid, strict=True)]
+        return tuple(torch.cat([F.pad(t, (0, K - t.shape[1])) for t in each]) for each in (index, valid))
+
+    context, context_valid = below([m.context for m in kinds], [m.context_valid for m in kinds])
+    target, target_valid = below([m.target for m in kinds], [m.target_valid for m in kinds])
+    return Masks(context, target, context_valid, target_valid)
+
+
 def rectangle(chosen: Tensor, rule: str, generator: Generator) -> tuple[Tensor, Tensor | None]:
     """Chosen tokens bool [B, N] -> sorted indices int64 [B, K] and padding flags (None unless rule = "pad")."""
     if rule not in RULES:
@@ -70,23 +83,28 @@ def make_masks(hidden: Tensor, allowed: Tensor | None, rule: str, generator: Gen
 
 
 def multiblock(grid: Grid, batch: int, generator: Generator, *, blocks: int, scale: float,
-               aspect: tuple[float, float] = (0.75, 1.5), allowed: Tensor | None = None,
+               aspect: tuple[float, float] = (0.75, 1.5), extent: float = 1.0, allowed: Tensor | None = None,
                rule: str = "random") -> Masks:
-    """V-JEPA's multi-block mask: the union of `blocks` rectangles through the whole clip is hidden.
+    """V-JEPA's multi-block mask: the union of `blocks` boxes is hidden, as published through the whole clip.
 
     Args:
         blocks, scale: short range is 8 blocks of 0.15 of the area, long range 2 blocks of 0.7 (V-JEPA, section 3).
         aspect: height / width of a block is drawn between these. One size per batch, positions per clip.
+        extent: share of the clip's time slices that a block spans, above 0. V-JEPA: 1, all of them; below, each
+            block begins at a time of its own.
         allowed: bool [B, N]; tokens outside (beyond the ultrasound sector) are neither context nor target.
 
     Raises:
-        ValueError: the settings leave a clip without context or without target in 100 draws.
+        ValueError: an extent outside (0, 1]; the settings leave a clip without context or without target in 100 draws.
     """
+    if not 0 < extent <= 1:
+        raise ValueError(f"extent={extent} is no share of a clip's time slices: choose one above 0, at most 1")
     t, y, x = grid
+    d = max(1, round(t * extent))
     ratio = float(torch.empty(()).uniform_(*aspect, generator=generator))
     h = min(y, max(1, round(math.sqrt(scale * y * x * ratio))))
     w = min(x, max(1, round(math.sqrt(scale * y * x / ratio))))
-    rows, cols = torch.arange(y), torch.arange(x)
+    times, rows, cols = torch.arange(t), torch.arange(y), torch.arange(x)
     allowed = torch.ones(batch, t * y * x, dtype=torch.bool) if allowed is None else allowed
     hidden = torch.zeros(batch, t * y * x, dtype=torch.bool)
     todo = torch.ones(batch, dtype=torch.bool)  # a clip is drawn again while its context or target is empty
@@ -95,8 +113,11 @@ def multiblock(grid: Grid, batch: int, generator: Generator, *, blocks: int, sca
         left = torch.randint(x - w + 1, (batch, blocks, 1), generator=generator)
         in_rows = (rows >= top) & (rows < top + h)  # [B, blocks, y]
         in_cols = (cols >= left) & (cols < left + w)  # [B, blocks, x]
-        area = (in_rows[..., None] & in_cols[..., None, :]).any(1)  # [B, y, x]
-        hidden = torch.where(todo[:, None], area.flatten(1).repeat(1, t), hidden)
+        boxes = in_rows[..., None, :, None] & in_cols[..., None, None, :]  # [B, blocks, 1, y, x]
+        if d < t:  # a block through the whole clip has no beginning to draw
+            begin = torch.randint(t - d + 1, (batch, blocks, 1), generator=generator)
+            boxes = boxes & ((times >= begin) & (times < begin + d))[..., None, None]  # [B, blocks, t, y, x]
+        hidden = torch.where(todo[:, None], boxes.any(1).expand(batch, t, y, x).flatten(1), hidden)
         todo = ~((allowed & hidden).any(1) & (allowed & ~hidden).any(1))
         if not todo.any():
             return make_masks(hidden, allowed, rule, generator)

@@ -22,7 +22,7 @@ UNTRAINED = ("random", "initial", "imagenet")
 PRETRAINED = ("videomae", "vjepa", "vjepa_ll", "teacher", "salt")
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
 # Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
-NEVER = ("name", "unlabelled", "sampling", "accelerator", "devices", "log_every", "finetune_lr",
+NEVER = ("name", "unlabelled", "sampling", "accelerator", "one_pass", "compile", "devices", "log_every", "finetune_lr",
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
 OF_VJEPA = ("predictor_width", "predictor_depth", "predictor_heads", "init", "mask", "hidden", "short_range",

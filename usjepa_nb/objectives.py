@@ -1,13 +1,10 @@
-"""What is learned: V-JEPA with or without localisation loss, SALT, and VideoMAE. How it is trained is in `pretrain`.
-
-An objective is a module whose `forward(grey clips, generator)` returns named losses, "loss" among them, whose
-`features` is the encoder to be probed, and whose `after_step` does what follows an optimiser step (EMA).
-"""
+"""What is learned: V-JEPA with or without localisation loss, SALT, and VideoMAE. How it is trained is in `pretrain`."""
 
 from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,9 +12,42 @@ from torch.nn import functional as F
 
 from usjepa_nb import losses, masking
 from usjepa_nb.augment import standardise
-from usjepa_nb.masking import Masks, rectangle, sector_tokens
+from usjepa_nb.masking import Masks, rectangle, sector_tokens, stack
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder, PixelDecoder, Predictor, gather
+
+
+class Objective(nn.Module):
+    """What the training loop knows: losses of a batch, and what follows an optimiser step.
+
+    `prepare` is all that needs no gradient and no weights: views, masks, pairs. A GPU does it one step ahead, since the
+    number of hidden tokens has to be read back. `features` is the encoder that is probed.
+    """
+
+    def prepare(self, batch, generator: Generator):
+        """What `losses` takes, from a batch (of clips, or what else the objective learns from)."""
+        raise NotImplementedError
+
+    def losses(self, prepared) -> dict[str, Tensor]:
+        """Named losses, "loss" among them."""
+        raise NotImplementedError
+
+    def forward(self, batch, generator: Generator | None = None) -> dict[str, Tensor]:
+        """Both, one after the other; without a generator the batch has been prepared."""
+        return self.losses(batch if generator is None else self.prepare(batch, generator))
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows a step, unless an objective says so."""
+
+
+@dataclass
+class Prepared:
+    """Clips and what is drawn for them."""
+
+    clips: Tensor  # standardised [B, 1, T, H, W]
+    kept: tuple[Tensor, Tensor] | None  # tokens in the sector [B, K] and their padding flags, see `masking.rectangle`
+    kinds: list[Masks]  # one of each mask kind
+    pairs: list[tuple[Tensor, Tensor]]  # of each kind, for the localisation loss
 
 
 def make_encoder(p: Profile, frames: int, positions: str = "sincos3d") -> Encoder:
@@ -51,7 +81,7 @@ def jepa_masks(p: Profile, grid, batch: int, allowed: Tensor | None, generator: 
             for blocks, scale in (p.short_range, p.long_range)]
 
 
-class VJEPA(nn.Module):
+class VJEPA(Objective):
     """V-JEPA (Eq. 1), with the localisation loss (Eq. 3) mixed in by `lam` (Eq. 4); lam = 1 is V-JEPA alone.
 
     Published V-JEPA is target_layers = 1, centre = 0: the target is the last layer, layer-normalised. Two switches
@@ -62,9 +92,13 @@ class VJEPA(nn.Module):
                  teacher: Encoder | None = None):
         super().__init__()
         self.p, self.grid, self.lam = p, p.grid(frames), lam
-        self.encoder = encoder
-        self.encoder.freeze(freeze)
-        self.target_encoder = (teacher or copy.deepcopy(encoder)).requires_grad_(False)
+        self.encoder, self.target_encoder = encoder, teacher or copy.deepcopy(encoder)
+        if teacher is None and freeze:  # what is frozen is the same in both: one copy of its weights
+            self.target_encoder.patch_embed = encoder.patch_embed
+            for i in range(freeze):
+                self.target_encoder.blocks[i] = encoder.blocks[i]
+        self.target_encoder.requires_grad_(False)
+        self.encoder.requires_grad_(True).freeze(freeze)
         width = self.target_encoder.width
         self.predictor = Predictor(self.grid, p.width, p.predictor_width, p.predictor_depth, p.predictor_heads,
                                    target_width=width)
@@ -78,11 +112,33 @@ class VJEPA(nn.Module):
         """The encoder that is probed: the EMA target, as published."""
         return self.target_encoder
 
-    @torch.no_grad()
+    def prepare(self, grey: Tensor, generator: Generator) -> Prepared:
+        """Grey clips 0…255 [B, T, H, W] -> standardised clips, masks and pairs, on the device of the clips."""
+        allowed = sector_tokens(grey, self.p.tubelet_size).cpu() if self.p.sector_aware else None
+        kinds = self.masks(len(grey), allowed, generator)
+        pairs = []
+        if self.head is not None:
+            on = (m if self.p.ll_on == "predicted" else m.swapped() for m in kinds)
+            pairs = [losses.sample_pairs(m, self.p.pairs, generator) for m in on]
+        there = lambda *v: tuple(t.to(grey.device, non_blocking=True) for t in v)  # noqa: E731
+        return Prepared(standardise(grey), self.kept(allowed, grey.device), [m.to(grey.device) for m in kinds],
+                        [there(*two) for two in pairs])
+
+    def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
+        return jepa_masks(self.p, self.grid, batch, allowed, generator)
+
+    def kept(self, allowed: Tensor | None, device) -> tuple[Tensor, Tensor] | None:
+        """Tokens that the target encoder works on: those in the sector, bool [B, N], or all (None)."""
+        return None if allowed is None else tuple(v.to(device) for v in rectangle(allowed.cpu(), "pad", Generator()))
+
     def targets(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         """sg(EMA E_theta(y)): features of the whole clip x [B, 1, T, H, W] on the full grid, [B, N, D]."""
-        keep, valid = (None, None) if allowed is None else rectangle(allowed.cpu(), "pad", Generator())
-        keep, valid = (v if v is None else v.to(x.device) for v in (keep, valid))
+        return self.targets_of(x, self.kept(allowed, x.device))
+
+    @torch.no_grad()
+    def targets_of(self, x: Tensor, kept: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`targets`, for tokens that are known."""
+        keep, valid = kept or (None, None)
         if self.p.target_layers == 1:
             h = self.target_encoder(x, keep, valid)
         else:
@@ -100,37 +156,48 @@ class VJEPA(nn.Module):
             full = full - self.position_sum / (self.position_count + 1)
         return F.layer_norm(full, full.shape[-1:])
 
-    def forward(self, grey: Tensor, generator: Generator) -> dict[str, Tensor]:
-        """Grey clips 0…255 [B, T, H, W] -> {"loss", "jepa", "ll", "zero": what always predicting zero would cost}."""
-        x = standardise(grey)
-        allowed = sector_tokens(grey, self.p.tubelet_size) if self.p.sector_aware else None
-        target = self.targets(x, allowed)
+    def losses(self, prepared: Prepared) -> dict[str, Tensor]:
+        """-> {"loss", "jepa", "ll", "zero": what always predicting zero would cost}, means over the mask kinds."""
+        x, kinds = prepared.clips, prepared.kinds
+        target = self.targets_of(x, prepared.kept)
         jepa = ll = zero = spread = x.new_zeros(())
-        kinds = self.masks(len(x), None if allowed is None else allowed.cpu(), generator)
-        for kind, masks in enumerate(m.to(x.device) for m in kinds):
-            z = self.encoder(x, masks.context, masks.context_valid)
-            e = self.predictor(z, masks, kind)
+        for kind, (masks, z, e) in enumerate(self.predictions(x, kinds)):
             wanted = gather(target, masks.target)
             jepa = jepa + losses.l_jepa(e, wanted, masks.target_valid, self.p.beta) / len(kinds)
             zero = zero + losses.l_jepa(torch.zeros_like(e), wanted, masks.target_valid, self.p.beta) / len(kinds)
             if self.head is not None:
                 located = (e, masks) if self.p.ll_on == "predicted" else (z, masks.swapped())
-                ll = ll + losses.l_ll(self.head, *located, self.grid, self.p.pairs, generator) / len(kinds)
+                ll = ll + losses.l_ll(self.head, *located, self.grid, prepared.pairs[kind]) / len(kinds)
             if self.p.variance:
                 spread = spread + losses.variance_covariance(z, masks.context_valid) / len(kinds)
         unused = 0 * sum(token.sum() for token in self.predictor.mask_tokens[len(kinds):])  # DDP wants every gradient
         return {"loss": losses.combined(jepa, ll, self.lam) + self.p.variance * spread + unused, "jepa": jepa, "ll": ll,
                 "zero": zero}
 
-    def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
-        return jepa_masks(self.p, self.grid, batch, allowed, generator)
+    def predictions(self, x: Tensor, kinds: list[Masks]) -> list[tuple[Masks, Tensor, Tensor]]:
+        """Context features z and predictions e for each mask kind, with the masks that they belong to.
+
+        In one pass (the profile's `one_pass`) the kinds lie one below the other in a batch, padded to the longest: as
+        much work, in half as many and twice as large kernels.
+        """
+        if not self.p.one_pass or len(kinds) == 1:
+            seen = ((kind, masks, self.encoder(x, masks.context, masks.context_valid))
+                    for kind, masks in enumerate(kinds))
+            return [(masks, z, self.predictor(z, masks, kind)) for kind, masks, z in seen]
+        masks, n = stack(kinds), len(x)
+        z = self.encoder(x.repeat(len(kinds), 1, 1, 1, 1), masks.context, masks.context_valid)
+        e = self.predictor(z, masks, torch.arange(len(kinds), device=x.device).repeat_interleave(n))
+        parts = (masks.take(slice(k * n, (k + 1) * n)) for k in range(len(kinds)))
+        return list(zip(parts, z.split(n), e.split(n), strict=True))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Target <- m · target + (1 - m) · encoder, m rising linearly to 1."""
         start = self.p.ema or ema_start(self.p.steps)
         m = start + (1 - start) * step / self.p.steps
-        torch._foreach_lerp_(list(self.target_encoder.parameters()), list(self.encoder.parameters()), 1 - m)
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        ours, theirs = zip(*((t, o) for t, o in pairs if t is not o), strict=True)
+        torch._foreach_lerp_(ours, theirs, 1 - m)
 
 
 class SALT(VJEPA):
@@ -147,7 +214,7 @@ class SALT(VJEPA):
         """The teacher stays as it is."""
 
 
-class VideoMAE(nn.Module):
+class VideoMAE(Objective):
     """VideoMAE: under a tube mask, a decoder predicts the standardised pixels of what is hidden."""
 
     def __init__(self, p: Profile, frames: int, encoder: Encoder):
@@ -164,22 +231,23 @@ class VideoMAE(nn.Module):
     def positions(self) -> str:
         return self.p.decoder_positions
 
-    def forward(self, grey: Tensor, generator: Generator) -> dict[str, Tensor]:
-        x = standardise(grey)
+    def prepare(self, grey: Tensor, generator: Generator) -> Prepared:
+        """Grey clips 0…255 [B, T, H, W] -> standardised clips and masks, on the device of the clips."""
         allowed = sector_tokens(grey, self.p.tubelet_size).cpu() if self.p.sector_aware else None
-        loss, kinds = 0.0, self.masks(len(x), allowed, generator)
-        for masks in (m.to(x.device) for m in kinds):
+        kinds = self.masks(len(grey), allowed, generator)
+        return Prepared(standardise(grey), None, [m.to(grey.device) for m in kinds], [])
+
+    def losses(self, prepared: Prepared) -> dict[str, Tensor]:
+        x, loss = prepared.clips, 0.0
+        for masks in prepared.kinds:
             predicted = self.decoder(self.encoder(x, masks.context, masks.context_valid), masks)
             target = losses.pixel_targets(x, self.p.tubelet_size, masks.target)
-            loss = loss + losses.l_pixel(predicted, target, masks.target_valid) / len(kinds)
+            loss = loss + losses.l_pixel(predicted, target, masks.target_valid) / len(prepared.kinds)
         return {"loss": loss}
 
     def masks(self, batch: int, allowed: Tensor | None, generator: Generator) -> list[Masks]:
         return [masking.tube(self.grid, batch, generator, ratio=self.p.tube_ratio, allowed=allowed,
                              rule=self.p.mask_rule)]
-
-    def after_step(self, step: int) -> None:
-        """Nothing follows a step."""
 
 
 class PixelTeacher(VideoMAE):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from timm.models.vision_transformer import Block
 from timm.scheduler import CosineLRScheduler
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
@@ -63,7 +65,7 @@ def monitors(features: Tensor) -> dict[str, float]:
 
 def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: Profile, path: Path, *, seed: int,
           fabric: Fabric, watch: Callable[[nn.Module], dict] | None = None) -> Iterator[dict]:
-    """The loop: yields one history row per step, and writes `path` every `log_every` steps and at the end.
+    """The loop: writes `path` every `log_every` steps and at the end, and then yields their history rows, one a step.
 
     Args:
         batches: (generator, batch size) -> what the objective takes, for pre-training grey clips [B, T, H, W].
@@ -74,41 +76,90 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         Diverged: loss or gradients not finite.
         OSError: a checkpoint cannot be written.
     """
+    if p.compile:
+        for part in objective.modules():
+            if isinstance(part, Block):
+                part.compile(dynamic=True)  # in place: names of parameters stay; one graph for any number of tokens
     optimizer = torch.optim.AdamW(parameter_groups(objective, p.encoder_lr), lr=p.lr, betas=(0.9, p.beta2),
-                                  weight_decay=p.weight_decay)
+                                  weight_decay=p.weight_decay, fused=True)
     warmup = round(p.warmup * p.steps)  # warmup_prefix: the cosine begins where the warm-up ends: the peak is reached
     schedule = CosineLRScheduler(optimizer, t_initial=p.steps - warmup, lr_min=p.lr_end, warmup_t=warmup,
                                  warmup_lr_init=p.lr / 100, warmup_prefix=True, t_in_epochs=False)
     model, optimizer = fabric.setup(objective, optimizer)
     start, rows = resume(path, objective, optimizer)  # after setup: it moves weights to the device, not AdamW's state
     yield from rows
-    for step in tqdm(range(start, p.steps), initial=start, total=p.steps, desc=path.parent.name,
-                     disable=not fabric.is_global_zero):
+
+    def prepared(step: int):
         generator = step_generator(seed, step, fabric.global_rank)
+        return objective.prepare(fabric.to_device(batches(generator, p.batch // fabric.world_size)), generator)
+
+    new = []  # rows since the last look: their numbers stay on the device, reading one back would stop it
+    for step, batch in tqdm(ahead(prepared, range(start, p.steps), fabric.device), initial=start, total=p.steps,
+                            desc=path.parent.name, disable=not fabric.is_global_zero):
         schedule.step_update(step)
         share = (1 + math.cos(math.pi * step / p.steps)) / 2  # from 1 to 0
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = p.weight_decay_end + (p.weight_decay - p.weight_decay_end) * share
-        batch = fabric.to_device(batches(generator, p.batch // fabric.world_size))
-        out = model(batch, generator)
+        out = model(batch)
         fabric.backward(out["loss"])
         norm = fabric.clip_gradients(model, optimizer, max_norm=p.clip, error_if_nonfinite=False)
-        row = {"step": step + 1, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": float(norm)} | \
-              {k: float(v.detach()) for k, v in out.items()}
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            kept = f"The last good checkpoint is {path}" if path.exists() else "No checkpoint had been written yet"
-            raise Diverged(f"step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}: training "
-                           f"diverged; lower lr ({p.lr}) or clip ({p.clip}). {kept}")
+        new.append({"step": step + 1, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": norm} |
+                   {k: v.detach() for k, v in out.items()})
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step(step + 1)
-        last = (step + 1) % p.log_every == 0 or step + 1 == p.steps
-        rows.append(row | (watch(objective) if last and watch else {}))
-        if last and fabric.is_global_zero:
-            save(path, {"format": 1, "step": step + 1, **states(objective), "optimizer": optimizer.state_dict(),
-                        "history": rows})
-        yield rows[-1]
+        if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
+            new = as_numbers(new)
+            refuse_divergence(new, p, path)
+            new[-1] |= watch(objective) if watch else {}
+            rows += new
+            if fabric.is_global_zero:
+                save(path, {"format": 1, "step": step + 1, **states(objective), "optimizer": optimizer.state_dict(),
+                            "history": rows})
+            yield from new
+            new = []
+
+
+def ahead(make: Callable[[int], object], steps: range, device: torch.device) -> Iterator[tuple[int, object]]:
+    """(step, make(step)) in order. For a GPU the next one is made, on a stream of its own, while this one is in use."""
+    if device.type != "cuda":
+        yield from ((step, make(step)) for step in steps)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def on_stream(step: int) -> tuple[object, torch.cuda.Event]:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            return make(step), stream.record_event()
+
+    with ThreadPoolExecutor(1) as one:
+        waiting = one.submit(on_stream, steps[0]) if steps else None
+        for step in steps:
+            made, ready = waiting.result()
+            if step + 1 < steps.stop:
+                waiting = one.submit(on_stream, step + 1)
+            torch.cuda.current_stream(device).wait_event(ready)
+            yield step, made
+            stream.wait_stream(torch.cuda.current_stream(device))  # its memory is not given out again before its use
+
+
+def as_numbers(rows: list[dict]) -> list[dict]:
+    """Rows with tensors of one number each -> with numbers, in one read from the device."""
+    keys = [k for k, v in rows[0].items() if isinstance(v, Tensor)]
+    numbers = torch.stack([torch.stack([row[k].double() for k in keys]) for row in rows]).tolist()
+    return [row | dict(zip(keys, values, strict=True)) for row, values in zip(rows, numbers, strict=True)]
+
+
+def refuse_divergence(rows: list[dict], p: Profile, path: Path) -> None:
+    """
+    Raises:
+        Diverged: a loss or a gradient norm is not finite.
+    """
+    for row in rows:
+        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            kept = f"The last good checkpoint is {path}" if path.exists() else "No checkpoint had been written yet"
+            raise Diverged(f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}: training "
+                           f"diverged; lower lr ({p.lr}) or clip ({p.clip}). {kept}")
 
 
 def states(objective: nn.Module) -> dict:

@@ -100,6 +100,8 @@ class Profile:
     # machine
     precision: str
     accelerator: str
+    one_pass: bool
+    compile: bool
     devices: int
     log_every: int
 
@@ -184,6 +186,17 @@ def load(name: str, **changes) -> Profile:
     return Profile(path.stem, **{k: typed(path, k, v, fields[k]) for k, v in values.items()})
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands there twice; YAML would silently take the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, error: type[ValueError], model: str):
     """What a YAML file holds.
 
@@ -191,8 +204,8 @@ def read_yaml(path: Path, error: type[ValueError], model: str):
         error: not readable as YAML; the message names the file to compare it with.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
+        return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise error(f"{path}: is not readable as YAML ({reason}); compare it with {model}") from e
 

@@ -147,14 +147,14 @@ class Lab(Dataset):
                 return grey[index], masks[index]
         else:
             few = spec["fraction"]  # None: all of them, with and without labels
-            batches = self.batches(self.labelled(few) if few else self.store.rows("train"))
+            batches = self.batches(self.labelled(few) if few else self.store.rows("train"), fabric.device)
         rows, begun, first = [], time.time(), pretrain.steps_done(checkpoint)
         for row in pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch):
             rows.append(row)
-            if len(rows) == first + 5:  # the first step also warms up
-                left = (time.time() - begun) / 5 * (p.steps - len(rows))
-                print(f"{label(spec)}: about {left / 60:.1f} minutes to go on this machine")
             if len(rows) % p.log_every == 0 or len(rows) == p.steps:
+                if first < len(rows) <= first + p.log_every < p.steps:
+                    left = (time.time() - begun) / (len(rows) - first) * (p.steps - len(rows))
+                    print(f"{label(spec)}: about {left / 60:.1f} minutes to go on this machine")
                 history = pd.DataFrame(rows)
                 if fabric.is_global_zero:
                     write_text(folder / "history.csv", history.to_csv(index=False))

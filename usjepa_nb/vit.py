@@ -165,10 +165,11 @@ class Predictor(nn.Module):
         init_linear(self.predictor_embed, encoder_width)
         init_linear(self.predictor_proj, width)
 
-    def forward(self, z: Tensor, masks, kind: int = 0) -> Tensor:
-        """`masks` is a `masking.Masks`; `kind` chooses the mask token."""
+    def forward(self, z: Tensor, masks, kind: int | Tensor = 0) -> Tensor:
+        """`masks` is a `masking.Masks`; `kind` chooses the mask token, for all clips or one each (int64 [B])."""
         context = self.predictor_embed(z) + gather(self.predictor_pos_embed, masks.context)
-        target = self.mask_tokens[kind] + gather(self.predictor_pos_embed, masks.target)
+        token = self.mask_tokens[kind] if isinstance(kind, int) else torch.cat([*self.mask_tokens])[kind]
+        target = token + gather(self.predictor_pos_embed, masks.target)
         x = torch.cat([context, target], 1)
         for block in self.predictor_blocks:
             x = block(x, attn_mask=attention_mask(masks.valid))
