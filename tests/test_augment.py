@@ -142,13 +142,13 @@ def test_the_published_view_mirrors_half_of_the_clips():
 
 def test_the_published_view_crops_within_the_picture():
     """Area 0.3 to 1 of the frame: no black border ever comes in, and slopes give the size of the crop."""
-    x = torch.full((300, 1, 32, 32), 200.0)
+    x = torch.full((300, 1, 128, 128), 200.0)
     inner = crop_and_flip(x, generator())[..., 1:-1, 1:-1]
     torch.testing.assert_close(inner, torch.full_like(inner, 200.0))
-    across = torch.linspace(0, 255, 32).expand(300, 1, 32, 32)
+    across = torch.linspace(0, 255, 128).expand(300, 1, 128, 128)
     sx, sy = (crop_and_flip(v, generator())[:, 0] for v in (across, across.transpose(2, 3)))
-    sx = (sx[:, 16, 20] - sx[:, 16, 12]).abs() / (across[0, 0, 0, 20] - across[0, 0, 0, 12])
-    sy = (sy[:, 20, 16] - sy[:, 12, 16]).abs() / (across[0, 0, 0, 20] - across[0, 0, 0, 12])
+    sx = (sx[:, 64, 80] - sx[:, 64, 48]).abs() / (across[0, 0, 0, 80] - across[0, 0, 0, 48])
+    sy = (sy[:, 80, 64] - sy[:, 48, 64]).abs() / (across[0, 0, 0, 80] - across[0, 0, 0, 48])
     area, ratio = sx * sy, sx / sy
     assert 0.29 < area.min() < 0.34 and 0.9 < area.max() < 1.01
     assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.36

@@ -52,7 +52,7 @@ def augment(clips: Tensor, generator: Generator, masks: Tensor | None = None, *,
     x = F.grid_sample(clips.float(), grid, align_corners=False)
     power = torch.empty(B, 1, 1, 1).uniform_(-gamma, gamma, generator=generator).exp().to(device)
     factor = torch.empty(B, 1, 1, 1).uniform_(1 - gain, 1 + gain, generator=generator).to(device)
-    x = ((x / 255).clamp(0, 1) ** power * factor).clamp(0, 1) * 255
+    x = x.div_(255).clamp_(0, 1).pow_(power).mul_(factor).clamp_(0, 1).mul_(255)
     if masks is not None:
         masks = F.grid_sample(masks.float(), grid, mode="nearest", align_corners=False).to(masks.dtype)
     return x, masks
@@ -60,14 +60,23 @@ def augment(clips: Tensor, generator: Generator, masks: Tensor | None = None, *,
 
 def crop_and_flip(clips: Tensor, generator: Generator, scale: tuple[float, float] = (0.3, 1.0),
                   ratio: tuple[float, float] = (0.75, 1.35)) -> Tensor:
-    """The published V-JEPA view: random resized crop and, in half of the clips, a mirror image. Kept to compare."""
-    B, device = len(clips), clips.device
-    u = lambda low, high: torch.empty(B).uniform_(low, high, generator=generator)  # noqa: E731
-    area, log_ratio = u(*scale), u(math.log(ratio[0]), math.log(ratio[1]))
-    sx = (area * log_ratio.exp()).sqrt().clamp(max=1)
-    sy = (area / log_ratio.exp()).sqrt().clamp(max=1)
-    mirror = torch.where(u(0, 1) < 0.5, -1.0, 1.0)
-    zero = torch.zeros(B)
-    rows = [torch.stack([sx * mirror, zero, (1 - sx) * u(-1, 1)], 1), torch.stack([zero, sy, (1 - sy) * u(-1, 1)], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1).to(device), [B, 1, *clips.shape[-2:]], align_corners=False)
-    return F.grid_sample(clips.float(), grid, align_corners=False).clamp(0, 255)
+    """The published V-JEPA view: random resized crop and, in half of the clips, a mirror image. Kept to compare.
+
+    Whole pixels are cropped and enlarged bilinearly, as published; but one grey channel instead of three.
+
+    Args:
+        clips: uint8 or float grey values 0…255, [B, T, H, W].
+        scale: share of the area that is cropped.
+        ratio: width / height of the crop.
+    """
+    (H, W), n = clips.shape[-2:], len(clips)
+    area, aspect, y, x, mirror = torch.rand(5, n, generator=generator).double()
+    area = scale[0] + (scale[1] - scale[0]) * area
+    aspect = (math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * aspect).exp()
+    h, w = ((side * share.sqrt()).round().clamp(1, side).long()
+            for side, share in ((H, area / aspect), (W, area * aspect)))
+    top, left = (((side - part + 1) * u).long().tolist() for side, part, u in ((H, h, y), (W, w, x)))
+    views = [F.interpolate(clip[:, None, i:i + a, j:j + b].float(), (H, W), mode="bilinear", align_corners=False)
+             for clip, i, j, a, b in zip(clips, top, left, h.tolist(), w.tolist(), strict=True)]
+    out = torch.stack(views)[:, :, 0]
+    return torch.where((mirror < 0.5).to(clips.device).view(-1, 1, 1, 1), out.flip(-1), out)

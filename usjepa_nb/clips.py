@@ -11,7 +11,7 @@ class Clip:
     """F frames of one sequence."""
 
     frames: np.ndarray  # uint8 [F, S, S]
-    masks: np.ndarray  # uint8 [F, S, S]
+    masks: np.ndarray | None  # uint8 [F, S, S]
     index: np.ndarray  # int [F], which frames of the sequence they are
     distinct: int  # how many of these differ
 

@@ -44,10 +44,10 @@ def refuse_leaks(table: pd.DataFrame, where) -> None:
 
 def in_two_parts(table: pd.DataFrame, key: str) -> Iterator[tuple]:
     """(patients, parts) of the rows that share a value of the column `key` and are not all in one part."""
-    for _, same in table.groupby(key):
-        names, parts = same["patient"].unique(), same["split"].unique()
-        if len(parts) > 1:
-            yield names, parts
+    parts = table.groupby(key)["split"].nunique()
+    for value in parts.index[parts > 1]:
+        same = table[table[key] == value]
+        yield same["patient"].unique(), same["split"].unique()
 
 
 def with_pictures(opened: store.Store) -> pd.DataFrame:
@@ -171,7 +171,8 @@ class Dataset:
         """Frames per clip: the profile's, or two tubelets where the data holds only ED and ES."""
         return 2 * self.profile.tubelet if self.store.ed_es_only else self.profile.frames
 
-    def clips(self, rows: np.ndarray, generator: Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def clips(self, rows: np.ndarray, generator: Generator | None = None,
+              masks: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         """Clips and masks of store rows, uint8 [n, T, S, S] each; a generator shifts instants within their stride."""
         if not len(rows):
             raise CamusError(f"{self.data_name}: a part of the split is empty ({self.store.split_note}); "
@@ -179,8 +180,8 @@ class Dataset:
         p, cut = self.profile, []
         for i in rows:
             offset = 0.0 if generator is None else float(torch.rand((), generator=generator))
-            cut.append(self.store.clip(int(i), self.frames, p.clip_rule, p.frame_step, offset))
-        return np.stack([c.frames for c in cut]), np.stack([c.masks for c in cut])
+            cut.append(self.store.clip(int(i), self.frames, p.clip_rule, p.frame_step, offset, masks))
+        return np.stack([c.frames for c in cut]), np.stack([c.masks for c in cut]) if masks else None
 
     def instants(self, row: int) -> tuple[int, int]:
         """Where the clip of a store row has the frames nearest to ED and ES."""
@@ -211,7 +212,7 @@ class Dataset:
             else:
                 drawn = torch.randint(len(rows), (n,), generator=generator)
             chosen = rows[drawn.numpy()]
-            return view(torch.from_numpy(self.clips(chosen, generator)[0]).to(device, non_blocking=True), generator)
+            return view(torch.from_numpy(self.clips(chosen, generator, masks=False)[0]).to(device, non_blocking=True), generator)
         return batch
 
     def labelled(self, fraction: int = 100) -> np.ndarray:

@@ -22,9 +22,10 @@ from usjepa_nb.camus import LABELS, UNLABELLED
 from usjepa_nb.masking import rectangle, sector_tokens
 from usjepa_nb.profile import Profile
 from usjepa_nb.store import require_space
-from usjepa_nb.vit import Encoder, Grid
+from usjepa_nb.vit import Encoder, Grid, gather
 
 CLASSES = len(LABELS)
+OUTSIDE = -20.0  # logit of all classes but background outside the sector: a label there costs, but not infinitely
 
 
 def encode(encoder: Encoder, grey: Tensor, sector_aware: bool) -> tuple[Tensor, Tensor]:
@@ -62,26 +63,37 @@ class SegmentationProbe(nn.Module):
         self.std, self.mean = (v.clone() for v in torch.std_mean(features[seen].float(), 0))
         self.std.clamp_(min=1e-6)
 
-    def forward(self, features: Tensor, seen: Tensor) -> Tensor:
-        x = (features.float() - self.mean) / self.std * seen[..., None]
+    def forward(self, features: Tensor, seen: Tensor, kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`kept`, where it is known: the `rectangle` of `seen`, on its device. Tokens that were not seen do no work."""
+        keep, valid = kept or (v.to(features.device) for v in rectangle(seen.cpu(), "pad", Generator()))
+        x = (gather(features, keep).float() - self.mean) / self.std
         kv = self.norm1(x)
-        x = x + self.attention(kv + self.query, kv, kv, key_padding_mask=~seen, need_weights=False)[0]
+        x = x + self.attention(kv + self.query, kv, kv, key_padding_mask=~valid, need_weights=False)[0]
         x = x + self.mlp(self.norm2(x))
-        (t, y, w), B = self.grid, len(x)
-        maps = x.view(B * t, y, w, -1).permute(0, 3, 1, 2)
-        pixels = self.up2(F.gelu(self.up1(maps)))  # [B·t, tubelet·classes, H, W]
-        logits = pixels.view(B, t, self.tubelet[0], CLASSES, *pixels.shape[-2:]).flatten(1, 2).transpose(1, 2)
-        return outside_is_background(logits, seen, self.grid, self.tubelet)
+        return self.on_grid(self.decode(x), keep, valid)
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Two transposed convolutions, token by token: kernel = stride, so each is a matrix product.
 
-def outside_is_background(logits: Tensor, seen: Tensor, grid: Grid, tubelet: Grid) -> Tensor:
-    """Tokens that were left out are background, whatever the decoder says. Logits [B, classes, T, H, W]."""
-    area = seen.view(-1, 1, *grid)
-    for axis, n in enumerate(tubelet, start=2):
-        area = area.repeat_interleave(n, axis)
-    background = torch.full((CLASSES,), -20.0, device=logits.device)
-    background[0] = 0
-    return torch.where(area, logits, background.view(1, -1, 1, 1, 1))
+        Tokens [B, K, D] -> logits [B, K, frames, classes, patch, patch] of each token's tubelet.
+        """
+        (_, hidden, f, _), s = self.up1.weight.shape, self.up2.stride[0]
+        x = F.linear(x, self.up1.weight.permute(2, 3, 1, 0).flatten(0, 2), self.up1.bias.repeat(f * f))
+        x = F.gelu(x).unflatten(-1, (f, f, hidden))
+        x = F.linear(x, self.up2.weight.flatten(1).T, self.up2.bias.repeat_interleave(s * s))
+        x = x.unflatten(-1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3, 6)  # B, K, frame · class, (f, s), (f, s)
+        return x.reshape(*x.shape[:2], self.tubelet[0], CLASSES, f * s, f * s)
+
+    def on_grid(self, patches: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+        """Logits of the tokens `keep` [B, K, …] -> [B, classes, T, H, W]; tokens that were left out are background."""
+        background = patches.new_full((CLASSES, 1, 1), OUTSIDE)
+        background[0] = 0
+        (t, y, x), B, each = self.grid, len(keep), patches.shape[2:]
+        full = background.expand(B, t * y * x, *each).contiguous()
+        known = valid.view(*valid.shape, 1, 1, 1, 1)  # padding points at tokens that were left out
+        full.scatter_(1, keep.view(*keep.shape, 1, 1, 1, 1).expand_as(patches), torch.where(known, patches, background))
+        full = full.view(B, t, y, x, *each).permute(0, 5, 1, 4, 2, 6, 3, 7)  # B, class, (t, frame), (y, row), (x, col)
+        return full.reshape(B, CLASSES, t * each[0], y * each[2], x * each[3])
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -181,7 +193,7 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
     per_epoch = math.ceil(len(train) / p.probe_batch)
     steps = max(p.probe_epochs * per_epoch, p.probe_min_steps)
     look = max(per_epoch, steps // 10)  # validate about ten times
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=p.probe_lr)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=p.probe_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator, best, history, order = Generator().manual_seed(seed), -1.0, [], torch.empty(0, dtype=torch.long)
     state = lambda: {k: v.detach().cpu().clone() for k, v in probe.state_dict().items()}  # noqa: E731
