@@ -6,9 +6,15 @@
 #   make plan PROFILE=paper  what such tables would cost: FLOPs, memory, hours
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
+#   make test-browser        every notebook in JupyterLab in a headless Chromium, every widget moved (NOTEBOOK=03: one)
+#   make book                the notebooks as a static site in data_cache/book (LINKS=1 follows links to other sites)
+#   make test-system         full and read-only disks: a small one is mounted for each test (root, or user namespaces)
 #   make test-slurm          the grid on a SLURM of one node that is started for it (Debian; about 12 minutes)
 #   make verify              is the result table what data, runs and code give? (another file: SUMMARY=...)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
+#   make fuzz                the readers on damaged files, SECONDS=30 for each
+#   make load                30 readers of one file while it is converted, and 10,000 sequences in constant memory
+#   make lock, make licences the versions of all packages with their hashes; their licences
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
 
@@ -19,7 +25,25 @@ JOBS ?= 2
 TORCH ?= cpu
 # The first of the two that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null && echo $$p && break; done)
+
+# What users give is text to make and to the shell: it goes to the recipes in the environment and is never a command.
+override DATA := $(value DATA)
+override PROFILE := $(value PROFILE)
+override GRID := $(value GRID)
+override SUMMARY := $(value SUMMARY)
+override TFLOPS := $(value TFLOPS)
+override NOTEBOOK := $(value NOTEBOOK)
+override LINKS := $(value LINKS)
+export DATA PROFILE GRID SUMMARY TFLOPS NOTEBOOK LINKS
+
+# A misspelt variable is refused: make itself would take the default in silence.
+KNOWN := PROFILE DATA GRID JOBS TORCH PYTHON WHERE SUMMARY TFLOPS NOTEBOOK LINKS SECONDS UPGRADE
+STRANGE := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(filter-out $(KNOWN),$v)))
+$(if $(strip $(STRANGE)),$(error there is no variable $(strip $(STRANGE)); make knows $(KNOWN)))
+$(if $(filter 0,$(JOBS)),$(error JOBS is how many notebooks run side by side, from 1; with 0 Snakemake would wait for ever))
+# Texts are UTF-8, whatever the locale.
+export PYTHONUTF8 := 1
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -28,35 +52,46 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-slurm verify lint clean clean-all setup
+.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-browser book test-slurm test-system verify fuzz load lock licences lint \
+	clean clean-all setup
 .DEFAULT_GOAL := run
 
 setup: $(READY)
 
-# The stamp is touched when everything is in; an interrupted set-up goes on where it stopped.
-$(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+# Everything by its hash and nothing beside the list (requirements.lock), then torch, then this package. The stamp is
+# touched when everything is in; an interrupted set-up goes on where it stopped.
+$(READY): pyproject.toml requirements.lock constraints.txt
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null || \
+	{ echo "Python 3.11.5 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up .venv (2 GB, about 5 minutes, once) ..."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
-	@$(PIP) install --upgrade -c constraints.txt pip setuptools
+	@$(PIP) install --require-hashes --no-deps -r requirements.lock
 	@case "$(TORCH)-$$(uname)" in gpu-*) ;; \
 	cpu-Linux) ! $(PIP) install --dry-run --no-deps --report - -c constraints.txt torch | grep '"nvidia-' >/dev/null || \
-	{ $(PIP) install -c constraints.txt uv && \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu -c constraints.txt torch torchvision; } || \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --no-deps -c constraints.txt torch torchvision || \
 	{ echo "No CPU build of torch could be had (CONTRIBUTING.md, Set-up); with the GPU build: make TORCH=gpu"; exit 1; } ;; \
 	cpu-*) ;; \
 	*) echo "TORCH is cpu or gpu, not $(TORCH)"; exit 1 ;; esac
-	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(PIP) install $(if $(filter gpu,$(TORCH)),,--no-deps) -c constraints.txt torch torchvision
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $(READY)
+
+# The versions of everything: requirements.lock, constraints.txt, environment.yml. UPGRADE=1 takes newer ones.
+lock:
+	@test -x $(BIN)/uv || { test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv; $(PIP) install -c constraints.txt uv; }
+	@UPGRADE=$(UPGRADE) $(BIN)/python dependencies/lock.py
+
+licences: $(READY)
+	@$(BIN)/python dependencies/licences.py
 
 # --nolock: a killed run leaves no lock that the next one stumbles over; the runs have locks of their own.
 WHERE = --cores $(JOBS)
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake
-HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$(PROFILE)" $${data:+"data=$$data"}
-FOLDER = test -z "$(DATA)" || test -d "$(DATA)" || { echo "DATA: there is no folder $(DATA)"; exit 1; }; \
-	data="$(DATA)"; test -z "$$data" || data="$$(cd "$$data" && pwd)"
+HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" $${data:+"data=$$data"}
+# Snakemake reads values as YAML, where a '#' would begin a comment: the folder goes in YAML's quotes (and in
+# blanks, without which it would take off the quotes first).
+FOLDER = test -z "$$DATA" || test -d "$$DATA" || { echo "DATA: there is no folder $$DATA"; exit 1; }; \
+	data="$$DATA"; test -z "$$data" || data=" '$$(cd "$$data" && pwd | sed "s/'/''/g")' "
 
 run: $(READY)
 	@$(FOLDER); $(SNAKEMAKE) $(HOW)
@@ -64,16 +99,16 @@ run: $(READY)
 # A cell that fails is reported, and the rest goes on; the table then says what is missing. On a cluster:
 # make table1 WHERE="--profile profiles/slurm"
 table1 table2: $(READY)
-	@$(FOLDER); $(SNAKEMAKE) $@_cells --keep-going $(HOW) "grid=$(GRID)" || failed=1; \
-	$(SNAKEMAKE) $@ $(HOW) "grid=$(GRID)" && exit $${failed:-0}
+	@$(FOLDER); $(SNAKEMAKE) $@_cells --keep-going $(HOW) "grid=$$GRID" || failed=1; \
+	$(SNAKEMAKE) $@ $(HOW) "grid=$$GRID" && exit $${failed:-0}
 
 plan: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m usjepa_nb.plan $(PROFILE) --grid $(GRID) $(if $(DATA),--data "$(DATA)") \
-	$(if $(TFLOPS),--tflops $(TFLOPS))
+	@OMP_NUM_THREADS=1 $(BIN)/python -m usjepa_nb.plan "$$PROFILE" --grid "$$GRID" $${DATA:+--data "$$DATA"} \
+	$${TFLOPS:+--tflops "$$TFLOPS"}
 
 # What the repository shows of a finished `make run`: results/tiny and the outputs of the committed notebooks.
 results: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python results/publish.py $(PROFILE)
+	@OMP_NUM_THREADS=1 $(BIN)/python results/publish.py "$$PROFILE"
 
 weights: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python weights/publish.py
@@ -95,12 +130,30 @@ test-notebooks: $(READY)
 	USJEPA_EXERCISE=1 PYTHONHASHSEED=0 PLOTLY_RENDERER=plotly_mimetype $(ONE_THREAD) \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope $(SMOKE)
 
+# As a learner has it: JupyterLab behind its token, a Chromium (installed where there is none), keys and clicks.
+test-browser: $(READY)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n 0 -v -s tests/browser/check_notebooks.py -k "$$NOTEBOOK"
+
+book: $(READY)
+	@$(BIN)/python book/build.py
+
+# Mounts are made in a namespace of the test's own and end with it.
+test-system: $(READY)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n 0 tests/system
+
 # A real SLURM of one node on loopback (Debian; root only to install it), with a job that is killed half-way.
 test-slurm: $(READY)
 	@$(BIN)/python tests/slurm/one_node.py
 
 verify: $(READY)
-	@$(BIN)/python -m usjepa_nb.verify $(or $(SUMMARY),data_cache/runs/$(PROFILE)/summary.json) $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -m usjepa_nb.verify "$${SUMMARY:-data_cache/runs/$$PROFILE/summary.json}" $${DATA:+--data "$$DATA"}
+
+# Each target for SECONDS=30; atheris is for Linux.
+fuzz: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(or $(SECONDS),30)
+
+load: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -21,7 +21,8 @@ SEEDS = range(SEED, SEED + grid.seeds)
 
 # The walk, in order.
 WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_localisation", "04_lambda_ablation",
-        "05_probe_segmentation", "06_qualitative_overlays", "07_static_teacher", "90_solutions"]
+        "05_probe_segmentation", "06_qualitative_overlays", "07_static_teacher", "08_your_own_ultrasound",
+        "90_solutions"]
 TRAIN, PROBE, DATASET = "03_vjepa_localisation", "05_probe_segmentation", OUT + "/01_camus_to_hdf5.ipynb"
 
 # Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
@@ -57,7 +58,7 @@ def needs(wildcards):
         return made([n for n in probes if n == f"{PROBE}--videomae-s{cell.rpartition('-s')[2] or SEED}"]) or DATASET
     if name.startswith("04_"):
         return made([TRAIN, *trains])
-    if name.startswith("07_"):  # compares with V-JEPA
+    if name.startswith(("07_", "08_")):  # compares with V-JEPA, takes its features
         return made([n for n in trains if "--vjepa-lam1-f0-" in n]) or DATASET
     if name.startswith(("05_", "06_")):
         return made(["04_lambda_ablation", *trains, *probes])

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 from usjepa_nb import camus, objectives, phantom, probe, store, tables
 from usjepa_nb.augment import augment, crop_and_flip
 from usjepa_nb.clips import resize_frame
-from usjepa_nb.cost import autocast
 from usjepa_nb.masking import sector_tokens
 from usjepa_nb.pretrain import parameter_groups
+from usjepa_nb.probe import autocast
 from usjepa_nb.profile import ROOT, Profile, load
 from usjepa_nb.runs import Lab, write_text
 

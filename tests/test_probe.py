@@ -259,6 +259,19 @@ def fitted(separable):
     return probe.fit(*separable, TRAIN, VAL, GRID, P, seed=0)
 
 
+def test_half_precision_gives_nearly_the_same(encoder, separable, fitted, tmp_path):
+    """bf16 where the profile asks for it: features to two percent, and a probe that segments as well."""
+    grey = fan(3).byte().numpy()
+    full, half = (probe.Cache.write(tmp_path / f"{p}.h5", encoder, grey, True, precision=p).features.float()
+                  for p in ("32-true", "bf16-mixed"))
+    assert 0 < (full - half).abs().mean() < 0.02 * full.abs().mean()
+    cache, masks = separable
+    again = probe.fit(cache, masks, TRAIN, VAL, GRID, P.replace(precision="bf16-mixed"), seed=0)
+    both = [probe.mean_dice(probe.predict(f["probe"], cache.features[TEST], cache.seen[TEST]), masks[TEST])
+            for f in (fitted, again)]
+    assert both[1] > both[0] - 0.05 and not states_equal(fitted["last"], again["last"])
+
+
 def test_features_that_tell_the_classes_apart_give_good_masks(separable, fitted):
     cache, masks = separable
     predicted = probe.predict(fitted["probe"], cache.features[TEST], cache.seen[TEST])

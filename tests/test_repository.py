@@ -33,6 +33,14 @@ def constraints():
     return pins((ROOT / "constraints.txt").read_text().splitlines())
 
 
+def locked():
+    """``{canonical name: its lines}`` of requirements.lock."""
+    found = re.findall(r"^(?=[A-Za-z0-9])(?:.+\\\n)*.+$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    blocks = {canonical(re.match(r"[A-Za-z0-9._-]+", block)[0]): block for block in found}
+    assert len(blocks) == len(found)
+    return blocks
+
+
 def tracked():
     """Files that are, or will be, in the repository."""
     listed = subprocess.run(
@@ -60,21 +68,64 @@ def test_conda_and_pip_users_get_the_same_packages():
     assert packages == {name: constraints()[name] for name in packages}
 
 
-def test_pyproject_is_loose_and_constraints_pin_all_of_it():
+def test_pyproject_is_loose_and_everything_it_names_is_locked():
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-    assert not [line for line in wanted if "==" in line or "<" in line]
-    assert names(wanted) <= set(constraints())
+    assert not [line for line in wanted if re.match(r"[^;]*(==|<)", line)]
+    assert names(wanted) - {"torch"} <= set(locked()), "run `make lock`"
 
 
-def test_constraints_keep_torch_and_torchvision_together_and_bring_no_gpu_wheels():
-    assert constraints()["torch"] == "2.13.0" and constraints()["torchvision"] == "0.28.0"
+def test_every_locked_package_has_a_version_and_hashes_of_its_files():
+    for name, block in locked().items():
+        first, *hashes = re.split(r" \\\n *", block)
+        assert re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.!]+( ; .+)?", first), first
+        assert hashes and all(re.fullmatch(r" *--hash=sha256:[0-9a-f]{64}", line) for line in hashes), name
+
+
+def test_constraints_are_the_lock_without_hashes_with_torch_and_torchvision_which_come_apart():
+    versions = {name: re.match(r"[^=]+==([^ ]+)", block)[1] for name, block in locked().items()}
+    assert constraints() == versions | {"torch": "2.13.0", "torchvision": "0.28.0"}
     assert not [name for name in constraints() if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def test_set_up_takes_what_is_locked_by_its_hash_and_nothing_beside_it():
+    makefile = (ROOT / "Makefile").read_text()
+    recipes = [line for line in makefile.splitlines() if line.startswith("\t")]
+    installs = [line for line in recipes if re.search(r"(PIP\)|pip) install", line)]
+    assert "\t@$(PIP) install --require-hashes --no-deps -r requirements.lock" in installs
+    assert "\t@$(PIP) install --no-deps --no-build-isolation -e ." in installs
+    others = [line for line in installs if "requirements.lock" not in line and " -e ." not in line]
+    assert others and all("-c constraints.txt" in line and ("torch" in line or line.endswith("uv; }"))
+                          for line in others), others
+
+
+def test_the_licence_of_every_locked_package_is_known():
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| ([^ |]+) \| ([^|]+?) \| ([^|]+?) \|$",
+                      (ROOT / "dependencies" / "LICENCES.md").read_text(), re.MULTILINE)
+    assert {row[0]: row[1] for row in rows[1:]} == constraints(), "run `make licences`"
+    for name, _, licence, source in rows:
+        assert licence.strip(" -") and licence.upper() not in ("UNKNOWN", "NONE", "OTHER") and source.strip(), name
+
+
+def test_a_package_that_says_nothing_of_its_licence_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dependencies"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import licences
+
+    for name, lines in (("silent", ""), ("spoken", "License-Expression: ISC\n"), ("old", "License: MIT\n"),
+                        ("sorted", "Classifier: License :: OSI Approved :: BSD License\n"),
+                        ("unknown", "License: UNKNOWN\n")):
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
+        (tmp_path / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\n"
+                                                                     f"Version: 1.0\n{lines}\n")
+    found = {name: licences.of(name) for name in ("silent", "spoken", "old", "sorted", "unknown", "absent")}
+    assert found == {"silent": ("", ""), "spoken": ("ISC", "expression"), "old": ("MIT", "licence line"),
+                     "sorted": ("BSD License", "classifier"), "unknown": ("", ""), "absent": ("", "")}
 
 
 def test_every_import_is_declared():
     """A package that only comes along with another may go again."""
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-    jupyter = {"nbformat", "traitlets", "IPython"}  # come with jupyterlab, are part of its interface
+    jupyter = {"nbformat", "nbclient", "traitlets", "IPython"}  # come with jupyterlab, are part of its interface
     declared = names(PROJECT["dependencies"])
     for path in (ROOT / "usjepa_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -89,8 +140,8 @@ def test_every_import_is_declared():
 def test_no_address_of_a_package_registry():
     """Where packages come from is the machine's configuration; the files name packages only."""
     forbidden = re.compile(r"--(extra-)?index(-url)?\b|--find-links|\bfile://|\.(?:org|com|io)/simple|pythonhosted")
-    setup = {"pyproject.toml", "constraints.txt", "environment.yml", "Makefile", "Snakefile", "run", "ci.yml",
-             ".pre-commit-config.yaml"}
+    setup = {"pyproject.toml", "requirements.lock", "constraints.txt", "environment.yml", "Makefile", "Snakefile",
+             "run", "ci.yml", ".pre-commit-config.yaml"}
     for path, text in texts():
         if path.name in setup:
             assert "://" not in text, path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from usjepa_nb.images import LABELS, UNLABELLED, CamusError, raw_of, read_image, read_mask, refuse, short
+from usjepa_nb.images import LABELS, UNLABELLED, CamusError, content, raw_of, read_image, read_mask, refuse, short
 from usjepa_nb.splits import PARTS, official, splits
 
 __all__ = ["LABELS", "UNLABELLED", "CamusError", "Entry", "Sequence", "overview", "read", "scan", "splits"]
@@ -86,7 +86,7 @@ def scan(root) -> list[Entry]:
 
 
 def _entries(folder):
-    """The views in one patient's folder; one entry with a problem if it is shut or nothing is well named."""
+    """The views in one patient's folder; one entry with a problem if it is shut, empty or nothing is well named."""
     try:
         names, entries = sorted(path.name for path in folder.iterdir()), []
     except OSError as error:
@@ -108,9 +108,10 @@ def _entries(folder):
             files["cfg"] = folder / f"Info_{view}.cfg"
             entries.append(Entry(folder.name, view, folder, files, None, left_out))
     strays = [name for name in names if name.endswith((".nii.gz", ".nii", ".mhd")) and name[0] != "."]
-    if strays and not entries:
+    if not entries:
         problem = refuse(folder / strays[0], "is named after no view of this patient",
-                         f"rename it ({folder.name}_4CH_ED.nii.gz and so on) or move it")
+                         f"rename it ({folder.name}_4CH_ED.nii.gz and so on) or move it") if strays else \
+            refuse(folder, "holds no image", "copy its files again, or delete it to go on without it")
         entries.append(Entry(folder.name, "?", folder, {}, problem))
     return entries
 
@@ -128,6 +129,7 @@ def read(entry: Entry) -> Sequence:
     if entry.problem:
         raise entry.problem
     files, cfg = entry.files, _cfg(entry.files["cfg"])
+    hashes = [[role, hashlib.sha256(content(path)).hexdigest()] for role, path in sorted(files.items())]
     ed, es, ed_es_only = cfg("ED", int) - 1, cfg("ES", int) - 1, "sequence" not in files
     if not ed_es_only:
         frames, spacing = read_image(files["sequence"])
@@ -153,12 +155,11 @@ def read(entry: Entry) -> Sequence:
                 masks[at] = read_mask(files[role], (1, *frames.shape[1:]))[0]
     cut = slice(ed, es + 1) if ed < es else slice(ed, es - 1 if es else None, -1)
     frames, masks = np.ascontiguousarray(frames[cut]), np.ascontiguousarray(masks[cut])
-    content = [[role, hashlib.sha256(path.read_bytes()).hexdigest()] for role, path in sorted(files.items())]
     return Sequence(
         entry.patient, entry.view, frames, masks, 0, len(frames) - 1, spacing,
         cfg("LVef", float, cfg("EF", float, math.nan)), cfg("ImageQuality", str, ""), cfg("Sex", str, ""),
         cfg("Age", float, math.nan), cfg("FrameRate", float, math.nan), ed_es_only, ed > es,
-        hashlib.sha256(repr(content).encode()).hexdigest())
+        hashlib.sha256(repr(hashes).encode()).hexdigest())
 
 
 def _cfg(path):
@@ -167,8 +168,10 @@ def _cfg(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise refuse(path, "is missing", "copy it from the same release") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise refuse(path, f"cannot be read ({error})") from None
+    except UnicodeDecodeError:
+        raise refuse(path, "cannot be read as text", "save it as UTF-8, or copy it from the same release") from None
+    except OSError as error:
+        raise refuse(path, f"cannot be opened ({error.strerror})", "make it a readable file") from None
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
     def value(key, kind=str, default=None):
@@ -180,8 +183,8 @@ def _cfg(path):
                 return number
         except (KeyError, ValueError, OverflowError):
             pass
-        has = f"has {key}: {values[key]!r}" if key in values else f"has no line {key}:"
-        raise refuse(path, has, f"write a {'whole ' * (kind is int)}number there")
+        has = f"has {key}: {values[key]!r:.60}" if key in values else f"has no line {key}:"
+        raise refuse(path, has, f"write a {'whole number' if kind is int else 'number such as 54.5'} there")
 
     return value
 
@@ -196,7 +199,7 @@ def overview(root, seed=0):
     import pandas as pd
 
     entries, listed = scan(root), official(root)
-    part, note = splits(root, [e.patient for e in entries], seed)
+    part, note = splits(root, [e.patient for e in entries if e.view in VIEWS], seed)
     rows = []
     for name, view in itertools.product((*PARTS, "unlisted"), VIEWS):
         found = [e for e in entries if e.view == view and listed.get(e.patient, "unlisted") == name]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from usjepa_nb import methods, probe
 from usjepa_nb.pretrain import parameter_groups
+from usjepa_nb.probe import autocast
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import make_blocks
 
@@ -54,17 +55,18 @@ def fake(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         module = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return module.to_empty(device="cpu")
+        for part in module.modules():  # each once: encoders share what is frozen (`to_empty` would stumble over that)
+            for name, v in part._parameters.items():
+                part._parameters[name] = v if v is None else nn.Parameter(v.new_empty(v.shape, device="cpu"),
+                                                                          v.requires_grad)
+            for name, v in part._buffers.items():
+                part._buffers[name] = v if v is None else v.new_empty(v.shape, device="cpu")
+    return module
 
 
 def counter() -> FlopCounterMode:
     """Counts matrix products, convolutions and attention, 2 FLOPs a multiply-add; element-wise work is left out."""
     return FlopCounterMode(display=False, custom_mapping=ATTENTION)
-
-
-def autocast(precision: str, device: str) -> torch.autocast:
-    """What Fabric does for a profile's `precision`."""
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def held(module: nn.Module, *more: Tensor) -> int:
@@ -159,7 +161,6 @@ class Stage:
     kept: float = math.nan
     ll: float = 0.0  # FLOPs of a step that are the localisation loss
     target: float = 0.0  # FLOPs of a step that are the target encoder
-    precision: str = "32-true"
 
 
 def objective(p: Profile, frames: int, method: str, lam: float = 1.0, freeze: int = 0) -> nn.Module:
@@ -190,7 +191,7 @@ def training(p: Profile, frames: int, method: str, freeze: int, batches: Iterabl
     mean = lambda values: sum(values) / len(counted)  # noqa: E731
     ll, target = (mean(c.parts.get(part, 0) for c in counted) for part in ("head", "target_encoder"))
     return Stage(name, steps, mean(c.flops for c in counted), counted[0].state, max(c.kept for c in counted),
-                 ll, target, p.precision)
+                 ll, target)
 
 
 def features(p: Profile, clips: Tensor, encoder: nn.Module, name: str, number: int) -> Stage:
@@ -205,7 +206,7 @@ def probing(p: Profile, frames: int, width: int, name: str, clips: int) -> Stage
     x, seen = torch.zeros(B, math.prod(grid), width).half(), torch.ones(B, math.prod(grid), dtype=torch.bool)
     masks = torch.zeros(B, frames, p.size, p.size)
     module = fake(lambda: probe.SegmentationProbe(grid, p.tubelet_size, width, p.heads, p.probe_width))
-    c = step(module, lambda: probe.segmentation_loss(module(x, seen), masks), "32-true")
+    c = step(module, lambda: probe.segmentation_loss(module(x, seen).float(), masks), p.precision)
     steps = max(p.probe_epochs * math.ceil(clips / B), p.probe_min_steps)
     return Stage(name, steps, c.flops, c.state, c.kept)
 

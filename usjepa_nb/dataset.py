@@ -212,7 +212,8 @@ class Dataset:
             else:
                 drawn = torch.randint(len(rows), (n,), generator=generator)
             chosen = rows[drawn.numpy()]
-            return view(torch.from_numpy(self.clips(chosen, generator, masks=False)[0]).to(device, non_blocking=True), generator)
+            stored = torch.from_numpy(self.clips(chosen, generator, masks=False)[0])
+            return view(stored.to(device, non_blocking=True), generator)
         return batch
 
     def labelled(self, fraction: int = 100) -> np.ndarray:

@@ -6,8 +6,10 @@ papermill does the work. Added here is what it lacks:
   the default;
 - the output appears under its name only when the whole notebook has run; a failed one is kept as
   ``OUT.failed.ipynb``, so that what stands under OUT is always complete;
+- a kernel that dies (killed, out of memory) and a file that cannot be read or written get one sentence, too;
 - an exception inside a widget callback, which Jupyter hides in the state of the widget, fails the run;
 - run timings and widget state are dropped, so that the output can be committed;
+- whatever the locale, text is UTF-8, in this process and in the kernel;
 - the kernel is this Python's own, whatever kernels the user has installed elsewhere.
 
 The kernel works in the root of the repository. (JupyterLab and nbval start it in the notebook's own folder: a notebook
@@ -16,6 +18,7 @@ that must run in both takes its folders from ``usjepa_nb.execute.ROOT``, or from
 
 import argparse
 import ast
+import locale
 import os
 import sys
 import time
@@ -24,6 +27,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
+from nbformat import ValidationError
+from nbformat.reader import NotJSONError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -46,10 +52,12 @@ def typed(name: str, text: str, default):
     """
     if isinstance(default, str):
         return text
-    value = yaml.safe_load(text)
     try:
+        value = yaml.safe_load(text)
         if isinstance(default, float) and not isinstance(value, bool):
             return float(value)  # YAML takes 1e-3 for a string
+    except yaml.YAMLError:
+        value = ...  # of no kind
     except (TypeError, ValueError):
         pass
     if default is not None and type(value) is not type(default):
@@ -61,10 +69,16 @@ def parameters_of(notebook: Path, given: list[tuple[str, str]]) -> dict:
     """``given`` names and texts as typed values for the parameters cell of ``notebook``.
 
     Raises:
-        NotebookError: for a parameter that the notebook does not have.
+        NotebookError: for a parameter that the notebook does not have or that is given twice; for a file that is no
+            notebook.
     """
-    known = papermill.inspect_notebook(notebook)
+    try:
+        known = papermill.inspect_notebook(notebook)
+    except (NotJSONError, ValidationError, UnicodeDecodeError, AttributeError, KeyError) as error:
+        raise NotebookError(f"{notebook}: is no notebook, or cut short; fetch it again") from error
     for name, _ in given:
+        if [n for n, _ in given].count(name) > 1:
+            raise NotebookError(f"parameter {name} is given twice; leave one of the two out")
         if name not in known:
             listed = ", ".join(known) or "none"
             raise NotebookError(f"{notebook}: no parameter {name!r}; it has: {listed}")
@@ -93,6 +107,7 @@ def execute(notebook: Path, out: Path, parameters: dict, prepare_only: bool = Fa
         NotebookError: naming the cell that failed; the notebook as far as it came is kept beside ``out``.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()  # papermill changes folder
     partial, failed = out.with_name(f".{out.stem}.partial.ipynb"), out.with_suffix(".failed.ipynb")
     try:
         nb = papermill.execute_notebook(
@@ -104,6 +119,10 @@ def execute(notebook: Path, out: Path, parameters: dict, prepare_only: bool = Fa
     except PapermillExecutionError as error:
         nb = nbformat.read(partial, as_version=4)
         reason = f"cell {error.cell_index + 1} (In [{error.exec_count}]) raised {error.ename}: {error.evalue}"
+    except DeadKernelError:
+        nb = nbformat.read(partial, as_version=4)
+        at = sum(cell.metadata["papermill"]["start_time"] is not None for cell in nb.cells)
+        reason = f"the kernel died in cell {at}, killed or out of memory: run it again, or take a smaller profile"
     nbformat.write(without_traces(nb), partial)
     os.replace(partial, failed if reason else out)
     if reason:
@@ -140,6 +159,13 @@ def export_html(nb: nbformat.NotebookNode, out: Path) -> None:
     os.replace(partial, out)
 
 
+def insist_on_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding (or none)."""
+    if locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8") and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def set_environment() -> None:
     """What the kernel inherits."""
     os.environ["USJEPA_EXERCISE"] = "1"  # widgets call their own callbacks once, so that errors surface
@@ -171,9 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{arguments.out} could not be written ({error}): see that its folder is writable and has space, then "
+              "run it again", file=sys.stderr)
+        return 1
     print(f"{arguments.out}: {time.monotonic() - start:.0f} s", flush=True)
     return 0
 
 
 if __name__ == "__main__":
+    insist_on_utf8()
     sys.exit(main())

@@ -110,13 +110,18 @@ def clip_strip(frames, masks=None, titles=None, spacing=(1, 1), columns=8):
 def overlay(frame, mask, reference=None, spacing=(1, 1), opacity=0.35, title=None):
     """One frame [H, W], its mask filled and outlined; a reference mask is outlined in dashes over it."""
     figure, axes = panels(1, 1, width=4.5, ratio=_ratio(frame, spacing), extra=0.6)
-    _show(axes[0, 0], frame, spacing, title)
-    _paint(axes[0, 0], mask, CLASS_COLOURS, opacity)
-    _outline(axes[0, 0], mask)
-    if reference is not None:
-        _outline(axes[0, 0], reference, "dashed", 1.6)
+    draw_overlay(axes[0, 0], frame, mask, reference, spacing, opacity, title)
     _legend(figure, CLASS_COLOURS, LABELS, () if reference is None else [("reference", "dashed")])
     return figure
+
+
+def draw_overlay(ax, frame, mask, reference=None, spacing=(1, 1), opacity=0.35, title=None):
+    """What `overlay` shows, in a panel of another figure and without a legend."""
+    _show(ax, frame, spacing, title)
+    _paint(ax, mask, CLASS_COLOURS, opacity)
+    _outline(ax, mask)
+    if reference is not None:
+        _outline(ax, reference, "dashed", 1.6)
 
 
 def overlays_grid(frames, columns, spacings=None, row_titles=None, opacity=0.4):
@@ -218,6 +223,21 @@ def offsets(frames, pairs, true, predicted, tubelet=(2, 16, 16), spacing=(1, 1))
     return figure
 
 
+def principal_colours(tokens):
+    """Three largest principal components of tokens [n, D] as red, green and blue.
+
+    Returns:
+        RGB [n, 3] in 0..1, cut at the 2nd and 98th percentile, and the share of the variance that the three hold.
+    """
+    tokens = tokens.astype(float)
+    _, values, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+    axes = axes[:3] * np.sign(axes[:3].sum(1, keepdims=True))  # the sign of a component is free: fix it
+    colours = (tokens - tokens.mean(0)) @ axes.T
+    low, high = np.percentile(colours, [2, 98], axis=0)
+    share = (values[:3] ** 2).sum() / max((values**2).sum(), 1e-12)
+    return np.clip((colours - low) / (high - low + 1e-12), 0, 1), share
+
+
 def pca_tokens(features, frames, keep=None, tubelet=(2, 16, 16), spacing=(1, 1), columns=8):
     """Tokens as colours: their three largest principal components as red, green and blue, over time.
 
@@ -227,19 +247,14 @@ def pca_tokens(features, frames, keep=None, tubelet=(2, 16, 16), spacing=(1, 1),
     """
     grid = features.shape[:3]
     keep = np.ones(grid, bool) if keep is None else keep
-    tokens = features[keep].astype(float)
-    _, values, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
-    axes = axes[:3] * np.sign(axes[:3].sum(1, keepdims=True))  # the sign of a component is free: fix it
-    colours = (tokens - tokens.mean(0)) @ axes.T
-    low, high = np.percentile(colours, [2, 98], axis=0)
+    colours, share = principal_colours(features[keep])
     rgba = np.zeros((*grid, 4))
-    rgba[keep] = np.c_[np.clip((colours - low) / (high - low + 1e-12), 0, 1), np.ones(len(tokens))]
+    rgba[keep] = np.c_[colours, np.ones(len(colours))]
     shown, ratio = _slices(frames, tubelet, grid, "features")[:columns], spacing[0] / spacing[1]
     figure, panel = panels(2, len(shown), ratio=_ratio(frames, spacing))
     for t, frame in enumerate(shown):
         _show(panel[0, t], frame, spacing, f"t = {t}")
         _show(panel[1, t], np.zeros_like(frame), spacing)
         panel[1, t].imshow(rgba[t], extent=panel[0, t].get_images()[0].get_extent(), aspect=ratio)
-    share = (values[:3] ** 2).sum() / max((values**2).sum(), 1e-12)
     figure.suptitle(f"three of {features.shape[-1]} directions hold {share:.0%} of the variance", fontsize=9)
     return figure

@@ -70,8 +70,8 @@ def from_lists(root: Path, label: str, regression: bool) -> list[tuple]:
     for part, names in NAMES.items():
         for path in (root / f"{name}.json" for name in names if (root / f"{name}.json").is_file()):
             try:
-                rows = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as e:
+                rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            except (OSError, ValueError, RecursionError) as e:
                 raise TaskError(f"{path}: cannot be read as JSON ({e}); let `ultrabench` write it again") from e
             if not isinstance(rows, list) or not all(isinstance(row, dict) and "image" in row for row in rows):
                 raise TaskError(f'{path}: is not a list of objects with the key "image", as UltraBench writes it')

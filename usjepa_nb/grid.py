@@ -73,6 +73,24 @@ def adapted(lam: float, freeze: int) -> Cell:
     return Cell("vjepa_ll" if lam < 1 else "vjepa", lam, freeze)
 
 
+def file(name: str) -> Path:
+    """Where a grid lies: `grids/<name>.yaml`, or a YAML file of one's own."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+
+
+def read(name: str):
+    """What the file of a grid holds, unchecked.
+
+    Raises:
+        GridError: no such file, or not YAML.
+    """
+    path = file(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+        raise GridError(f"{path}: no such grid; choose one of {known}, or give the path of a YAML file")
+    return read_yaml(path, GridError, "grids/paper.yaml")
+
+
 def load(name: str, depth: int, initial: bool = True) -> Grid:
     """Read `grids/<name>.yaml`, or a YAML file of your own, for an encoder of `depth` blocks.
 
@@ -82,11 +100,7 @@ def load(name: str, depth: int, initial: bool = True) -> Grid:
     Raises:
         GridError: no such file, not YAML, or an unknown, missing or impossible value.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise GridError(f"{path}: no such grid; choose one of {known}, or give the path of a YAML file")
-    values = read_yaml(path, GridError, "grids/paper.yaml")
+    path, values = file(name), read(name)
     see_keys(path, "", values, {"seeds", "fractions", *TABLES})
     for table, keys in TABLES.items():
         see_keys(path, table + ": ", values[table], keys)

@@ -27,6 +27,19 @@ def refuse(path, what, remedy="download it again, or delete it to go on without 
     return error
 
 
+def content(path) -> bytes:
+    """All of a file.
+
+    Raises:
+        CamusError: it cannot be opened: no permission, a folder, a link to nowhere.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        remedy = "make it a readable file, or delete it to go on without it"
+        raise refuse(path, f"cannot be opened ({error.strerror})", remedy) from None
+
+
 def raw_of(path):
     """The data file that an .mhd header names; None for other formats and for data inside the header file."""
     try:

@@ -52,36 +52,47 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
     return Tokens(objective.predictor(z * (source == "predicted"), masks), masks)
 
 
-def offset_error(train: Tokens, test: Tokens, objective: VJEPA, seed: int, *, steps: int = 200, batch: int = 16,
-                 shuffled: bool = False, replacement: bool = True,
-                 head: losses.LocalisationHead | None = None) -> Tensor:
+def fresh_head(train: Tokens, objective: VJEPA, seed: int, generator: Generator, *, steps: int = 200, batch: int = 16,
+               shuffled: bool = False, replacement: bool = True) -> losses.LocalisationHead:
+    """A localisation head trained on frozen tokens: weights from `seed`, clips and pairs from `generator`.
+
+    Args:
+        steps, batch: `batch` clips a step.
+        shuffled: train on the offsets of other pairs; a head that then still does well has found a leak.
+        replacement: of the pairs of one clip.
+    """
+    grid, pairs = objective.grid, objective.p.pairs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = losses.LocalisationHead(train.values.shape[-1])
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        some = torch.randperm(len(train.values), generator=generator)[:batch]
+        values, masks = train.values[some], train.masks.take(some)
+        m1, m2 = losses.sample_pairs(masks, pairs, generator, replacement)
+        truth = losses.delta(masks.target.gather(1, m1), masks.target.gather(1, m2), grid)
+        truth = truth[:, torch.randperm(truth.shape[1], generator=generator)] if shuffled else truth
+        loss = (head(gather(values, m1), gather(values, m2)) - truth).square().sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return head
+
+
+def offset_error(train: Tokens, test: Tokens, objective: VJEPA, seed: int, *,
+                 head: losses.LocalisationHead | None = None, **options) -> Tensor:
     """Mean absolute error of predicted offsets along (t, y, x), in tokens -> [3].
 
     Args:
-        steps, batch: of the head's training; `batch` clips a step.
-        shuffled: train on the offsets of other pairs; a head that then still does well has found a leak.
-        replacement: of the pairs of one clip, in training.
         head: score this head as it is, instead of training one.
+        options: of `fresh_head`.
     """
-    grid, pairs, generator = objective.grid, objective.p.pairs, Generator().manual_seed(seed)
+    grid, generator = objective.grid, Generator().manual_seed(seed)
     if head is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = losses.LocalisationHead(train.values.shape[-1])
-        optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            some = torch.randperm(len(train.values), generator=generator)[:batch]
-            values, masks = train.values[some], train.masks.take(some)
-            m1, m2 = losses.sample_pairs(masks, pairs, generator, replacement)
-            truth = losses.delta(masks.target.gather(1, m1), masks.target.gather(1, m2), grid)
-            truth = truth[:, torch.randperm(truth.shape[1], generator=generator)] if shuffled else truth
-            loss = (head(gather(values, m1), gather(values, m2)) - truth).square().sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    m1, m2 = losses.sample_pairs(test.masks, pairs, generator)
+        head = fresh_head(train, objective, seed, generator, **options)
+    m1, m2 = losses.sample_pairs(test.masks, objective.p.pairs, generator)
     with torch.no_grad():
         answer = head(gather(test.values, m1), gather(test.values, m2))
     truth = losses.delta(test.masks.target.gather(1, m1), test.masks.target.gather(1, m2), grid)

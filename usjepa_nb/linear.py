@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--label", default="label", help="key of UltraBench's lists that is asked for")
     parser.add_argument("--regression", action="store_true", help="the label is a quantity")
     parser.add_argument("--patient", default="", metavar="REGEX", help="finds the patient in an image's file name")
+    parser.add_argument("--shared-patients", action="store_true", help="score although patients are in two parts")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     try:
@@ -157,6 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         task = folder.read(a.folder, p.size, p.frames, a.label, a.regression, a.patient)
         if obstacle := task.obstacle():
             raise TaskError(obstacle)
+        if (both := task.shared()) and not a.shared_patients:
+            raise TaskError(f"{task.name}: {both[0]} is in more than one part ({len(both)} in all), so scores would "
+                            "flatter; split again by patient, or say --shared-patients")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a.seed)
             encoders = {"random": make_encoder(p, p.frames, a.positions)}

@@ -61,6 +61,15 @@ def stack(kinds: list[Masks]) -> Masks:
     return Masks(context, target, context_valid, target_valid)
 
 
+def apart(kinds: list[Masks]) -> Tensor:
+    """Who may look at whom when the contexts of several kinds lie side by side: bool [B or 1, K, K], K their sum."""
+    kind = torch.cat([torch.full_like(m.context[0], k) for k, m in enumerate(kinds)])
+    same = kind[:, None] == kind
+    if kinds[0].context_valid is None:
+        return same[None]
+    return same & torch.cat([m.context_valid for m in kinds], 1)[:, None]
+
+
 def rectangle(chosen: Tensor, rule: str, generator: Generator) -> tuple[Tensor, Tensor | None]:
     """Chosen tokens bool [B, N] -> sorted indices int64 [B, K] and padding flags (None unless rule = "pad")."""
     if rule not in RULES:

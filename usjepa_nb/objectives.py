@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from usjepa_nb import losses, masking
 from usjepa_nb.augment import standardise
-from usjepa_nb.masking import Masks, rectangle, sector_tokens, stack
+from usjepa_nb.masking import Masks, apart, rectangle, sector_tokens, stack
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder, PixelDecoder, Predictor, gather
 
@@ -177,18 +177,19 @@ class VJEPA(Objective):
     def predictions(self, x: Tensor, kinds: list[Masks]) -> list[tuple[Masks, Tensor, Tensor]]:
         """Context features z and predictions e for each mask kind, with the masks that they belong to.
 
-        In one pass (the profile's `one_pass`) the kinds lie one below the other in a batch, padded to the longest: as
-        much work, in half as many and twice as large kernels.
+        In one pass (the profile's `one_pass`) the encoder sees the contexts of all kinds side by side, each attending
+        to itself; the predictor, whose sequences are about as long for every kind, sees the kinds as one batch.
         """
         if not self.p.one_pass or len(kinds) == 1:
             seen = ((kind, masks, self.encoder(x, masks.context, masks.context_valid))
                     for kind, masks in enumerate(kinds))
             return [(masks, z, self.predictor(z, masks, kind)) for kind, masks, z in seen]
+        z = self.encoder(x, torch.cat([m.context for m in kinds], 1), apart(kinds))
+        z = z.split([m.context.shape[1] for m in kinds], 1)
         masks, n = stack(kinds), len(x)
-        z = self.encoder(x.repeat(len(kinds), 1, 1, 1, 1), masks.context, masks.context_valid)
-        e = self.predictor(z, masks, torch.arange(len(kinds), device=x.device).repeat_interleave(n))
-        parts = (masks.take(slice(k * n, (k + 1) * n)) for k in range(len(kinds)))
-        return list(zip(parts, z.split(n), e.split(n), strict=True))
+        below = torch.cat([F.pad(part, (0, 0, 0, masks.context.shape[1] - part.shape[1])) for part in z])
+        e = self.predictor(below, masks, torch.arange(len(kinds), device=x.device).repeat_interleave(n)).split(n)
+        return [(m, part, each[:, :m.target.shape[1]]) for m, part, each in zip(kinds, z, e, strict=True)]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -1,12 +1,27 @@
 """One sequence -> one small file of resized frames and masks, by several workers; it is whole or absent."""
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 
 from usjepa_nb import camus, parallel
 from usjepa_nb.clips import resize_frame, resize_mask
+
+
+def digest(value) -> str:
+    """A hash of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def mark(entry, size, version) -> str:
+    """A name for what an entry's files become; another as soon as one of them, the size or the version changes."""
+    stats = {role: path.stat() for role, path in entry.files.items() if os.access(path, os.F_OK)}
+    state = [[role, entry.files[role].name, s.st_size, s.st_mtime_ns] for role, s in sorted(stats.items())]
+    return f"{entry.patient}_{entry.view}_{digest([version, size, str(entry.problem), state])[:16]}"
 
 
 def make(entries, paths, size, *, workers, progress) -> list[tuple[str, str] | None]:
@@ -43,6 +58,16 @@ def load(path, what):
     """`frames`, `masks`, `native_masks`, or the `row` of the table (split and start are filled in later)."""
     with np.load(path) as part:
         return json.loads(str(part[what])) if what == "row" else part[what]
+
+
+def require_space(folder, needed):
+    """Look before an HDF5 file of `needed` bytes is begun in `folder`: HDF5 itself crashes on a full disk.
+
+    Raises:
+        OSError: there is less.
+    """
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device, {needed / 1e6:.0f} MB wanted", str(folder))
 
 
 def is_whole(path) -> bool:

@@ -37,8 +37,8 @@ TRAINED = {"teacher": "teacher", "videomae": "videomae", "vjepa": "vjepa", "vjep
 ASSUMES = (f"Counted: matrix products, convolutions and attention of real steps (2 FLOPs a multiply-add), over {DRAWS} "
            "batches of masks. target, LL: share of the target encoder and of the localisation loss. state: weights, "
            "EMA copy, gradients, AdamW's moments, exact. kept: what autograd holds for the backward pass, an estimate "
-           "of activations; the peak is higher. Features and probes are computed in float32. Times are lower bounds: "
-           "data, masks, optimiser, monitors and scoring come on top.")
+           "of activations; the peak is higher. Times are lower bounds: data, masks, optimiser, monitors and scoring "
+           "come on top.")
 
 
 @dataclass
@@ -151,18 +151,18 @@ def stages(p: Profile, data: Data, g: Grid) -> dict[tuple, Stage]:
 
 
 def total(p: Profile, g: Grid, found: dict[tuple, Stage], cells: Iterable[Cell]) -> dict:
-    """All that the cells take over the grid's seeds: number of trainings and of probes, FLOPs by precision."""
-    todo, flops = every(p, g, cells), dict.fromkeys((p.precision, "32-true"), 0.0)
+    """All that the cells take over the grid's seeds: number of trainings and of probes, FLOPs."""
+    todo, flops = every(p, g, cells), 0.0
     for key, cell, _ in todo:
         s = found[key]
-        flops[s.precision] += g.seeds * s.steps * (s.flops - (s.ll if cell.lam == 1 else 0))
+        flops += g.seeds * s.steps * (s.flops - (s.ll if cell.lam == 1 else 0))
     trainings, probes = (g.seeds * sum(key[0] in names for key, *_ in todo)
                          for names in (TRAINED.values(), ("probe", "imagenet")))
     return {"trainings": trainings, "probes": probes, "flops": flops}
 
 
-def report(p: Profile, g: Grid, found: dict[tuple, Stage], rates: dict[str, float]) -> str:
-    """The table of the stages and that of the paper's tables, as text. `rates`: FLOP/s by precision, nan if unknown."""
+def report(p: Profile, g: Grid, found: dict[tuple, Stage], rate: float) -> str:
+    """The table of the stages and that of the paper's tables, as text. `rate`: FLOP/s, nan if unknown."""
     rows = list(found.values())
     percent = lambda part, of, digits: f"{part / of:.{digits}%}" if part else ""  # noqa: E731
     one = [scaled("a step", (s.flops for s in rows), FLOP),
@@ -172,30 +172,28 @@ def report(p: Profile, g: Grid, found: dict[tuple, Stage], rates: dict[str, floa
            scaled("in all", (s.steps * s.flops for s in rows), FLOP),
            scaled("state", (s.state for s in rows), BYTE),
            scaled("kept", (s.kept for s in rows), BYTE),
-           scaled("time", (s.steps * s.flops / rates[s.precision] for s in rows), SECOND)]
+           scaled("time", (s.steps * s.flops / rate for s in rows), SECOND)]
     tables = {"Table 1": g.table1, "Table 2": g.table2, "both": g.cells}
     sums = [total(p, g, found, cells) for cells in tables.values()]
     two = [pd.Series([s[name] for s in sums], name=name) for name in ("trainings", "probes")]
-    two += [scaled("in all", (sum(s["flops"].values()) for s in sums), FLOP),
-            scaled("time", (sum(f / rates[k] for k, f in s["flops"].items()) for s in sums), SECOND)]
+    two += [scaled("in all", (s["flops"] for s in sums), FLOP),
+            scaled("time", (s["flops"] / rate for s in sums), SECOND)]
     named = ((one, [s.name for s in rows]), (two, list(tables)))
     return "\n\n".join(pd.concat(columns, axis=1).set_axis(names).to_string() for columns, names in named)
 
 
-def speeds(p: Profile, data: Data, given: list[float]) -> tuple[dict[str, float], str]:
-    """FLOP/s by precision, given (in TFLOP/s) or measured on the device at hand, and a sentence on their origin."""
-    kinds = list(dict.fromkeys((p.precision, "32-true")))
+def speed(p: Profile, data: Data, given: float | None) -> tuple[float, str]:
+    """FLOP/s, given (in TFLOP/s) or measured on the device at hand, and a sentence on its origin."""
     if given:
-        rates = dict(zip(kinds, (x * 1e12 for x in (given[0], given[-1])), strict=False))
-        return rates, f"Time: at {' and '.join(f'{r / 1e12:g} TFLOP/s in {k}' for k, r in rates.items())}, as given."
+        return given * 1e12, f"Time: at {given:g} TFLOP/s in {p.precision}, as given."
     device = "cuda" if torch.cuda.is_available() and p.accelerator != "cpu" else "cpu"
     if p.accelerator == "cuda" and device == "cpu":
-        return dict.fromkeys(kinds, math.nan), ("Time: unknown, the profile asks for a GPU and torch sees none here; "
-                                                "give --tflops X for a device that sustains X TFLOP/s.")
+        return math.nan, ("Time: unknown, the profile asks for a GPU and torch sees none here; give --tflops X for a "
+                          "device that sustains X TFLOP/s.")
     seen = sector_tokens(data.stored.float(), p.tubelet_size).sum(1).max() if p.sector_aware else \
         math.prod(p.grid(data.frames))
-    measured = {k: cost.sustained(p, int(seen), k, device) for k in kinds}
-    return {k: rate for k, (rate, _) in measured.items()}, f"Time: at {'; '.join(w for _, w in measured.values())}."
+    rate, words = cost.sustained(p, int(seen), p.precision, device)
+    return rate, f"Time: at {words}."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,12 +202,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("profile", nargs="?", default="tiny")
     parser.add_argument("--grid", default="paper", help="name of a grid, or path of a YAML file (paper)")
     parser.add_argument("--data", default="", metavar="CAMUS", help="a CAMUS folder (the phantom)")
-    parser.add_argument("--tflops", type=float, nargs="+", default=[], metavar="X",
-                        help="TFLOP/s that a device sustains in the profile's precision, and in float32 if that "
-                        "differs (measured on this machine)")
+    parser.add_argument("--tflops", type=float, metavar="X",
+                        help="TFLOP/s that a device sustains in the profile's precision (measured on this machine)")
     given = parser.parse_args(argv)
-    if len(given.tflops) > 2 or not all(0 < x < math.inf for x in given.tflops):
-        parser.error("--tflops takes one or two positive numbers")
+    if given.tflops is not None and not 0 < given.tflops < math.inf:
+        parser.error("--tflops takes a positive number")
     try:
         p = profile.load(given.profile)
         g = grid.load(given.grid, p.depth, initial=p.init != "random")
@@ -218,11 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ProfileError, GridError, camus.CamusError, cost.Uncountable) as error:
         print(error, file=sys.stderr)
         return 1
-    rates, words = speeds(p, data, given.tflops)
+    rate, words = speed(p, data, given.tflops)
     each = f" on {p.devices} devices (trainings: numbers of one)" if p.devices > 1 else ""
     head = (f"Profile {p.name}, grid {g.name}, {g.seeds} seed{'s' * (g.seeds > 1)}; {data.frames} frames of "
             f"{p.size}×{p.size} px, batch {p.batch}{each}, {p.precision}; {data.note}.")
-    print(textwrap.fill(head, 118), report(p, g, found, rates), sep="\n\n", end="\n\n")
+    print(textwrap.fill(head, 118), report(p, g, found, rate), sep="\n\n", end="\n\n")
     print(textwrap.fill(words, 118), textwrap.fill(ASSUMES, 118), sep="\n")
     return 0
 

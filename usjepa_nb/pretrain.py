@@ -6,6 +6,7 @@ The loop does not know which objective it runs. Every random choice of step k co
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from tqdm import tqdm
 from usjepa_nb import weights
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder
+
+AGAIN = "delete it, and the run starts again"  # what to do about a damaged checkpoint
 
 
 class Diverged(RuntimeError):
@@ -175,19 +178,21 @@ def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | 
     """Load the checkpoint `path` if it exists -> (steps done, history so far)."""
     if not path.exists():
         return 0, []
-    file = weights.read(path)
-    for name, module in objective.named_children():
-        module.load_state_dict(file[name])
-    for name, buffer in objective.named_buffers(recurse=False):
-        buffer.copy_(file["buffers"][name])
-    if optimizer is not None:
-        optimizer.load_state_dict(file["optimizer"])
-    return file["step"], file["history"]
+    file = weights.read(path, AGAIN)
+    with weights.restoring(path):
+        for name, module in objective.named_children():
+            module.load_state_dict(file[name])
+        for name, buffer in objective.named_buffers(recurse=False):
+            buffer.copy_(file["buffers"][name])
+        if optimizer is not None:
+            optimizer.load_state_dict(file["optimizer"])
+        return file["step"], file["history"]
 
 
 def steps_done(path: Path) -> int:
     """Steps that the checkpoint `path` holds; 0 when there is none."""
-    return weights.read(path)["step"] if path.exists() else 0
+    with weights.restoring(path):
+        return weights.read(path, AGAIN)["step"] if path.exists() else 0
 
 
 def save(path: Path, content: dict) -> None:
@@ -200,4 +205,5 @@ def save(path: Path, content: dict) -> None:
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): see that its folder is writable and "
                       "has space, then run it again; it goes on from the last checkpoint") from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk, which says so already
+            part.unlink(missing_ok=True)

@@ -28,6 +28,11 @@ CLASSES = len(LABELS)
 OUTSIDE = -20.0  # logit of all classes but background outside the sector: a label there costs, but not infinitely
 
 
+def autocast(precision: str, device) -> torch.autocast:
+    """What Fabric does for a profile's `precision`."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
 def encode(encoder: Encoder, grey: Tensor, sector_aware: bool) -> tuple[Tensor, Tensor]:
     """Grey clips 0…255 [B, T, H, W] -> features on the full grid [B, N, D] (zeros where left out), seen bool [B, N]."""
     x = standardise(grey)
@@ -135,8 +140,8 @@ class Cache:
 
     @staticmethod
     @torch.no_grad()
-    def write(path: Path, encoder: Encoder, grey: np.ndarray, sector_aware: bool, device="cpu",
-              batch: int = 16) -> Cache:
+    def write(path: Path, encoder: Encoder, grey: np.ndarray, sector_aware: bool, device="cpu", batch: int = 16,
+              precision: str = "32-true") -> Cache:
         """Encode uint8 clips [n, T, H, W] batch by batch into `path`, written whole or not at all.
 
         Raises:
@@ -151,7 +156,8 @@ class Cache:
                 features = file.create_dataset("features", shape, "f2")
                 seen = file.create_dataset("seen", shape[:2], "?")
                 for i in range(0, len(grey), batch):
-                    z, s = encode(encoder, torch.from_numpy(grey[i:i + batch]).to(device).float(), sector_aware)
+                    with autocast(precision, device):
+                        z, s = encode(encoder, torch.from_numpy(grey[i:i + batch]).to(device).float(), sector_aware)
                     features[i:i + batch], seen[i:i + batch] = z.half().cpu().numpy(), s.cpu().numpy()
             os.replace(part, path)
         finally:
@@ -164,7 +170,7 @@ class Cache:
 def predict(probe: SegmentationProbe, features: Tensor, seen: Tensor, batch: int = 16) -> Tensor:
     """Labels of every frame, uint8 [n, T, H, W]."""
     device = probe.mean.device
-    parts = [classes(probe(features[i:i + batch].to(device), seen[i:i + batch].to(device))).cpu()
+    parts = [classes(probe(features[i:i + batch].to(device), seen[i:i + batch])).cpu()
              for i in range(0, len(features), batch)]
     return torch.cat(parts)
 
@@ -201,8 +207,9 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
         if not len(order):
             order = torch.from_numpy(train)[torch.randperm(len(train), generator=generator)]
         index, order = order[:p.probe_batch], order[p.probe_batch:]
-        loss = segmentation_loss(probe(cache.features[index].to(device), cache.seen[index].to(device)),
-                                 masks[index].to(device))
+        with autocast(p.precision, device):
+            logits = probe(cache.features[index].to(device), cache.seen[index])
+        loss = segmentation_loss(logits.float(), masks[index].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -179,7 +179,7 @@ def load(name: str, **changes) -> Profile:
         raise ProfileError(f"{path}: holds no settings; compare it with profiles/tiny.yaml")
     values |= changes
     fields = {f.name: f.type for f in dataclasses.fields(Profile) if f.name != "name"}
-    if unknown := sorted(map(str, values.keys() - fields.keys())):
+    if unknown := sorted(" ".join(str(key).split()) for key in values.keys() - fields.keys()):
         raise ProfileError(f"{path}: unknown setting {', '.join(unknown)}; see profiles/tiny.yaml for all names")
     if missing := sorted(fields.keys() - values.keys()):
         raise ProfileError(f"{path}: setting {', '.join(missing)} is missing; see profiles/tiny.yaml")
@@ -205,9 +205,17 @@ def read_yaml(path: Path, error: type[ValueError], model: str):
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: not UTF-8, or no such date
+    except Exception as e:  # whatever the parser stumbles on: `!!bool x` is a KeyError to it
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise error(f"{path}: is not readable as YAML ({reason}); compare it with {model}") from e
+
+
+def real(value: float) -> float:
+    """A number as a float; a whole number beyond all floats as infinity, which no setting may be."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def typed(path: Path, key: str, value, kind: str):
@@ -216,9 +224,9 @@ def typed(path: Path, key: str, value, kind: str):
         kinds = kind[len("tuple["):-1].split(", ")
         if len(kinds) == len(value) and all(type(v).__name__ == k or (type(v) is int and k == "float")
                                             for v, k in zip(value, kinds, strict=True)):
-            return tuple(float(v) if k == "float" else v for v, k in zip(value, kinds, strict=True))
+            return tuple(real(v) if k == "float" else v for v, k in zip(value, kinds, strict=True))
     elif kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return real(value)
     elif type(value).__name__ == kind:
         return value
     raise ProfileError(f"{path}: {key} = {value!r} should be of type {kind} (YAML reads 1e-3 as text: write 1.0e-3)")

@@ -23,7 +23,7 @@ from filelock import FileLock
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
-from usjepa_nb import methods, parallel, pretrain, probe
+from usjepa_nb import memory, methods, parallel, pretrain, probe
 from usjepa_nb.dataset import Dataset, digest
 from usjepa_nb.methods import label
 from usjepa_nb.vit import Encoder
@@ -32,8 +32,11 @@ from usjepa_nb.vit import Encoder
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclass
@@ -149,7 +152,8 @@ class Lab(Dataset):
             few = spec["fraction"]  # None: all of them, with and without labels
             batches = self.batches(self.labelled(few) if few else self.store.rows("train"), fabric.device)
         rows, begun, first = [], time.time(), pretrain.steps_done(checkpoint)
-        for row in pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch):
+        steps = pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch)
+        for row in memory.during(steps, label(spec), memory.TRAINING):
             rows.append(row)
             if len(rows) % p.log_every == 0 or len(rows) == p.steps:
                 if first < len(rows) <= first + p.log_every < p.steps:

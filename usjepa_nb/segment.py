@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from torch import nn
 
-from usjepa_nb import metrics, probe
+from usjepa_nb import memory, metrics, probe
 from usjepa_nb.dataset import digest
 from usjepa_nb.methods import END_TO_END, label
 from usjepa_nb.pretrain import save
@@ -71,11 +73,17 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
         run, begun = lab.encoder(method, lam, freeze, fraction), time.time()
         best, last, history = segment(lab, run, rows, fraction, run.objective.encoder if online else None)
         part = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez_compressed(part, best=best, last=last, history=json.dumps(history), seconds=time.time() - begun)
-        os.replace(part, path)
-    with np.load(path) as file:
-        best, last, history = file["best"], file["last"], json.loads(str(file["history"]))
-        seconds = float(file["seconds"])
+        try:
+            np.savez_compressed(part, best=best, last=last, history=json.dumps(history), seconds=time.time() - begun)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    try:
+        with np.load(path) as file:
+            best, last, history = file["best"], file["last"], json.loads(str(file["history"]))
+            seconds = float(file["seconds"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as e:
+        raise OSError(f"{path} cannot be read as a segmentation ({e}): delete it, it is made again") from e
     return Segmentation(spec, rows, best, last, scores(lab, spec, rows, best, last), history, seconds)
 
 
@@ -99,8 +107,11 @@ def fit_probe(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encod
     everything = np.concatenate([lab.labelled(100), rows])
     grey, masks = lab.clips(everything)
     cached = run.folder / ("features.h5" if online is None else "features-online.h5")
-    if not cached.exists():
-        probe.Cache.write(cached, online or run.encoder, grey, p.sector_aware, lab.device)
+    with FileLock(run.folder / "lock"), memory.remedy(f"features of {run.label}", memory.FEATURES):
+        for left in run.folder.glob(f"{cached.stem}.*.part"):  # by a killed process: nobody else holds the lock
+            left.unlink()
+        if not cached.exists():
+            probe.Cache.write(cached, online or run.encoder, grey, p.sector_aware, lab.device, precision=p.precision)
     cache = probe.Cache(cached)
     labelled = np.flatnonzero(np.isin(everything, lab.labelled(fraction)))
     val = np.flatnonzero(np.isin(everything, lab.store.rows("val", labelled=True)))

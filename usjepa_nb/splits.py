@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from usjepa_nb.images import refuse
+from usjepa_nb.images import content, refuse
 
 PARTS = {"train": "subgroup_training.txt", "val": "subgroup_validation.txt", "test": "subgroup_testing.txt"}
 
@@ -13,21 +13,25 @@ def official(root) -> dict[str, str]:
     """patient -> part by the lists in `database_split/`, in `root` or beside it; empty where there are none.
 
     Raises:
-        CamusError: a line that is no patient, or a patient listed twice.
+        CamusError: a list that cannot be opened, a line that is no patient, or a patient listed twice.
     """
-    root, listed = Path(root), {}
-    base = next((b for b in (root, root.parent) if (b / "database_split").is_dir()), root)
-    for part, name in PARTS.items():
-        path = base / "database_split" / name
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").split() if path.is_file() else ()
-        for line in lines:
+    listed = {}
+    for part, path in _lists(root).items():
+        for line in content(path).decode("utf-8-sig", errors="replace").split() if path.exists() else ():
             if not re.fullmatch(r"patient\d+", line):
-                raise refuse(path, f"has {line!r} in it", "write one patient0001 a line")
+                raise refuse(path, f"has {line[:40]!r} in it", "write one patient0001 a line")
             if line in listed:
                 raise refuse(path, f"lists {line}, which {PARTS[listed[line]]} lists already",
                              "delete one of the two lines, since nobody may be in two parts")
             listed[line] = part
     return listed
+
+
+def _lists(root):
+    """part -> where its official list would be."""
+    root = Path(root)
+    base = next((b for b in (root, root.parent) if (b / "database_split").is_dir()), root)
+    return {part: base / "database_split" / name for part, name in PARTS.items()}
 
 
 def splits(root, patients, seed=0) -> tuple[dict[str, str], str]:
@@ -51,6 +55,9 @@ def splits(root, patients, seed=0) -> tuple[dict[str, str], str]:
     else:
         part = dict.fromkeys(patients, "train")
         notes = ["official lists set aside, nobody to train on" if here else "no official lists"]
+    absent = [path.name for path in _lists(root).values() if not path.exists()]
+    if len(absent) < len(PARTS):
+        notes += [f"database_split/{name} is missing" for name in absent]
     for name in ("val", "test"):
         if name in part.values():
             continue

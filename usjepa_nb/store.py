@@ -6,10 +6,8 @@ Every frame is resized whole to S x S: nothing is cropped, the aspect ratio chan
 axis. For distances in millimetres the ED and ES masks are also kept at native size.
 """
 
-import errno
+import contextlib
 import functools
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -24,6 +22,7 @@ from filelock import FileLock
 from usjepa_nb import camus, parts
 from usjepa_nb.camus import CamusError
 from usjepa_nb.clips import Clip, clip_index
+from usjepa_nb.parts import require_space
 
 __all__ = ["Clip", "Report", "Store", "clip_index", "convert"]
 
@@ -72,7 +71,7 @@ def _convert(root, entries, out, size, workers, seed, progress):
     report, before, sources, todo = Report(), _made_before(out), {}, {}
     for entry in entries:
         report.refused.update(entry.left_out)
-        mark = _mark(entry, size)
+        mark = parts.mark(entry, size, VERSION)
         sources[mark] = before.get(mark) or functools.partial(parts.load, folder / f"{mark}.npz")
         if mark not in before and not parts.is_whole(folder / f"{mark}.npz"):
             todo[mark] = entry
@@ -92,8 +91,9 @@ def _convert(root, entries, out, size, workers, seed, progress):
         row.update(split=split[row["patient"]], start=start, mark=mark)
         start += row["length"]
     content = [[row[name] for name in ("patient", "view", "split", "sha256")] for row in rows]
-    attrs = {"format": FORMAT, "version": VERSION, "size": size, "made_from": Path(root).resolve().name,
-             "split_note": report.note, "data_hash": _hash([VERSION, size, report.note, content])}
+    attrs = {"format": FORMAT, "version": VERSION, "size": size, "split_note": report.note,
+             "made_from": os.fsencode(Path(root).resolve().name).decode("utf-8", "replace"),
+             "data_hash": parts.digest([VERSION, size, report.note, content])}
     old = next(iter(before.values())).args[0] if before else None
     if list(before) != list(sources) or attrs["data_hash"] != old.data_hash:
         temporary = Path(f"{out}.tmp{os.getpid()}")
@@ -103,17 +103,6 @@ def _convert(root, entries, out, size, workers, seed, progress):
         os.replace(temporary, out)
     shutil.rmtree(folder, ignore_errors=True)
     return report
-
-
-def _hash(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _mark(entry, size):
-    """A name for what an entry's files become; another as soon as one of them or the size changes."""
-    stats = {role: path.stat() for role, path in entry.files.items() if path.exists()}
-    state = [[role, entry.files[role].name, s.st_size, s.st_mtime_ns] for role, s in sorted(stats.items())]
-    return f"{entry.patient}_{entry.view}_{_hash([VERSION, size, str(entry.problem), state])[:16]}"
 
 
 def _made_before(out):
@@ -127,16 +116,6 @@ def _made_before(out):
 
 def _load(store, i, what):
     return store.table.iloc[i].to_dict() if what == "row" else getattr(store, what)(i)
-
-
-def require_space(folder, needed):
-    """Look before an HDF5 file of `needed` bytes is begun in `folder`: HDF5 itself crashes on a full disk.
-
-    Raises:
-        OSError: there is less.
-    """
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(errno.ENOSPC, f"No space left on device, {needed / 1e6:.0f} MB wanted", str(folder))
 
 
 def _write(path, sources, rows, attrs):
@@ -160,7 +139,7 @@ def _write(path, sources, rows, attrs):
         raise
 
 
-class Store:
+class Store(contextlib.AbstractContextManager):
     """A converted data set, read only; it may be pickled, and used by many processes at once.
 
     Attributes:
@@ -176,22 +155,32 @@ class Store:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._open()
-        self.size = int(self._file.attrs["size"])
-        self.data_hash, self.split_note = (self._file.attrs[name] for name in ("data_hash", "split_note"))
-        columns = {name: column[()] for name, column in self._file["sequences"].items()}
-        self._columns = {name: np.char.decode(c, "utf-8") if c.dtype.kind == "S" else c
-                         for name, c in columns.items()}
-        self.marks = self._columns.pop("mark").tolist()
+        with self._whole():
+            self._open()
+            self.size = int(self._file.attrs["size"])
+            self.data_hash, self.split_note = (self._file.attrs[name] for name in ("data_hash", "split_note"))
+            columns = ((name, column[()]) for name, column in self._file["sequences"].items())
+            self._columns = {name: np.char.decode(c, "utf-8") if c.dtype.kind == "S" else c for name, c in columns}
+            self.marks = self._columns.pop("mark").tolist()
+            shape = (int(self._columns["length"].sum()), self.size, self.size)
+            if self._file["frames"].shape != shape or self._file["masks"].shape != shape:
+                raise ValueError(f"its table wants {shape} pixels")
+            self._pixels = {name: self._file[name].id.get_offset() for name in ("frames", "masks")}  # bytes
+
+    @contextlib.contextmanager
+    def _whole(self):
+        try:
+            yield
+        except CamusError:
+            raise
+        except Exception as error:  # whatever HDF5 stumbles on in a damaged file
+            what = f"{self.path} is cut short or no HDF5 file ({error})"
+            raise CamusError(f"{what}: delete it and convert again.") from None
 
     def _open(self):
         if not self.path.is_file():
             raise CamusError(f"{self.path} is not there: make it with store.convert.")
-        try:
-            self._file = h5py.File(self.path, "r", locking=False)
-        except OSError as error:
-            what = f"{self.path} is cut short or no HDF5 file ({error})"
-            raise CamusError(f"{what}: delete it and convert again.") from None
+        self._file = h5py.File(self.path, "r", locking=False)
         kind, version = (self._file.attrs.get(name) for name in ("format", "version"))
         if (kind, version) != (FORMAT, VERSION):
             self.close()
@@ -203,9 +192,6 @@ class Store:
 
     def __len__(self):
         return len(self.marks)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -238,11 +224,27 @@ class Store:
 
     def _slice(self, name, i, first=0, last=None):
         start, length = (int(self._columns[column][i]) for column in ("start", "length"))
-        return self._file[name][start + first:start + (length if last is None else last + 1)]
+        with self._whole():
+            return self._file[name][start + first:start + (length if last is None else last + 1)]
+
+    def _pick(self, name, i, index):
+        """Some frames of a sequence, each read from its place in the file: there is nothing to unpack."""
+        picked = np.empty((len(index), self.size, self.size), np.uint8)
+        first = self._pixels[name] + int(self._columns["start"][i]) * picked[0].nbytes
+        with self._whole():
+            for frame, k in zip(picked, index.tolist(), strict=True):
+                if os.preadv(self._file.id.get_vfd_handle(), [frame], first + k * frame.nbytes) < frame.nbytes:
+                    raise ValueError("pixels are missing")
+        return picked
 
     def frames(self, i) -> np.ndarray:
         """uint8 [T, S, S], ED first, ES last."""
         return self._slice("frames", i)
+
+    def ends(self, i) -> np.ndarray:
+        """uint8 [2, S, S], the first frame (ED) and the last (ES)."""
+        last = int(self._columns["length"][i]) - 1
+        return np.concatenate([self._slice("frames", i, k, k) for k in (0, last)])
 
     def masks(self, i) -> np.ndarray:
         """uint8 [T, S, S]: 0..3, UNLABELLED where there is no reference."""
@@ -250,11 +252,11 @@ class Store:
 
     def native_masks(self, i) -> np.ndarray | None:
         """uint8 [2, h, w]: the ED and ES masks at native size; None where there is no reference."""
-        return self._file[f"native/{int(i)}"][()] if self._columns["labelled"][i] else None
+        with self._whole():
+            return self._file[f"native/{int(i)}"][()] if self._columns["labelled"][i] else None
 
-    def clip(self, i, frames, rule="cover", step=4, offset=0.0) -> Clip:
-        """A clip of `frames` frames of sequence `i`; `clip_index` explains the rules."""
+    def clip(self, i, frames, rule="cover", step=4, offset=0.0, masks=True) -> Clip:
+        """A clip of `frames` frames of sequence `i`, on request without masks; `clip_index` explains the rules."""
         index = clip_index(int(self._columns["length"][i]), frames, rule, step, offset)
-        images, masks = (self._slice(name, i, index[0], index[-1]) for name in ("frames", "masks"))
-        inside = index - index[0]
-        return Clip(images[inside], masks[inside], index, len(np.unique(index)))
+        return Clip(self._pick("frames", i, index), self._pick("masks", i, index) if masks else None, index,
+                    len(np.unique(index)))

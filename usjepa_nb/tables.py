@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from usjepa_nb import metrics
+from usjepa_nb import manifest, metrics
 from usjepa_nb.grid import Cell
 from usjepa_nb.methods import END_TO_END, PRETRAINED, UNTRAINED
 from usjepa_nb.profile import ROOT
@@ -133,7 +133,7 @@ def commit() -> str:
 
 
 def summary(lab: Lab, grid: str = "walk") -> dict:
-    """Both tables of a grid from what is on disk, what is missing, provenance and seconds per stage."""
+    """Both tables of a grid from what is on disk, what is missing, provenance (`manifest`) and seconds per stage."""
     g = lab.grid(grid)
     scores, missing = collect(lab, g.cells, g.fractions, g.seeds, train=False)
     trained = {}
@@ -153,7 +153,7 @@ def summary(lab: Lab, grid: str = "walk") -> dict:
             "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
             "effects": as_json(effects(scores, g.table2, g.fractions)),
             "table1": as_json(rows(scores, g.table1, "val")),
-            "rows": as_json(rows(scores, g.table2, "test"))}
+            "rows": as_json(rows(scores, g.table2, "test")), **manifest.manifest(lab, grid)}
 
 
 def write(lab: Lab, grid: str = "walk") -> dict:

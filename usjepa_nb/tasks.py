@@ -54,6 +54,13 @@ class Task:
         known = self.labels[index]
         return known.astype(np.float32) if self.regression else np.searchsorted(self.classes, known)
 
+    def shared(self) -> list:
+        """Groups that are in more than one part, sorted; a score of theirs would mean nothing."""
+        parts: dict = {}
+        for group, part in zip(self.groups.tolist(), self.split.tolist(), strict=True):
+            parts.setdefault(group, set()).add(part)
+        return sorted(group for group, of in parts.items() if len(of) > 1)
+
     def obstacle(self) -> str:
         """Why no probe can be fitted or scored, in a sentence; empty where one can."""
         train, test = self.part("train"), self.part("test")

@@ -1,6 +1,7 @@
 """Is a summary what data, runs and code give? `python -m usjepa_nb.verify FILE [--data CAMUS]` compares.
 
-The masks on disk are scored anew; nothing is trained. Seconds and the commit may differ, everything else may not.
+The masks on disk are scored anew; nothing is trained, unless --redo makes everything again in a folder of its own.
+Seconds, machine and code may differ, what they give may not.
 """
 
 from __future__ import annotations
@@ -8,16 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
-from usjepa_nb import tables
-from usjepa_nb.runs import Lab
+from usjepa_nb import manifest, tables
 
-MAY_DIFFER = {"seconds", "commit", "machine"}
+MAY_DIFFER = {"seconds", "commit", "machine", "command", "code", "lock", "packages"}
+SINCE = {"settings", "grid_settings"}  # an older summary has not got them
 
 
-def check(path: Path, data: str = "", cache: str = "data_cache") -> list[str]:
+def check(path: Path, data: str = "", cache: str = "data_cache", redo: bool = False) -> list[str]:
     """What in a summary.json differs from what is on disk, a sentence each; empty where it all holds.
+
+    Args:
+        redo: make what is not on disk, from the settings that the summary holds; an empty `cache` makes everything.
 
     Raises:
         OSError, ValueError: the file cannot be read as a summary.
@@ -26,11 +31,15 @@ def check(path: Path, data: str = "", cache: str = "data_cache") -> list[str]:
     if lacking := {"profile", "grid", "seeds", "data", "data_hash", "rows", "table1"} - set(said):
         raise ValueError(f"{path}: is no summary of this package, it lacks {', '.join(sorted(lacking))}; give the "
                          "summary.json of a `make run` or `make table1`")
-    lab = Lab(said["profile"], data, cache, said["seeds"][0])
-    if lab.data_name != said["data"]:
-        return [f"{path}: is about {said['data']}, and this is {lab.data_name}; name the data set with --data"]
-    found = json.loads(json.dumps(tables.summary(lab, said["grid"])))
-    plain = sorted(found.keys() - MAY_DIFFER - {"rows", "table1"})
+    with tempfile.TemporaryDirectory() as folder:
+        lab, grid = manifest.restore(said, Path(folder), data, cache)
+        if lab.data_name != said["data"]:
+            return [f"{path}: is about {said['data']}, and this is {lab.data_name}; name the data set with --data"]
+        if redo:
+            g = lab.grid(grid)
+            tables.collect(lab, g.cells, g.fractions, g.seeds)
+        found = json.loads(json.dumps(tables.summary(lab, grid)))
+    plain = sorted(found.keys() - MAY_DIFFER - {"rows", "table1"} - (SINCE - said.keys()))
     complaints = [f"{key}: {said.get(key)!r} is said, {found[key]!r} is found" for key in plain
                   if said.get(key) != found[key]]
     for key in ("rows", "table1"):
@@ -59,11 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("summary", type=Path, nargs="+")
     parser.add_argument("--data", default="", help="the CAMUS folder, where it is not the phantom")
     parser.add_argument("--cache", default="data_cache")
+    parser.add_argument("--redo", action="store_true", help="make data, runs and table again from what the summary "
+                        "says, in a temporary folder (or in --cache, what is not there yet)")
     a = parser.parse_args(argv)
     wrong = False
     for path in a.summary:
         try:
-            complaints = check(path, a.data, a.cache)
+            with tempfile.TemporaryDirectory() as fresh:
+                redone = fresh if a.redo and a.cache == parser.get_default("cache") else a.cache
+                complaints = check(path, a.data, redone, a.redo)
         except (OSError, ValueError) as error:
             complaints = [str(error)]
         print(*complaints or [f"{path}: every number is what data, runs and code give"], sep="\n")

@@ -81,8 +81,11 @@ def init_linear(module: nn.Module, width: int) -> None:
 
 
 def attention_mask(valid: Tensor | None) -> Tensor | None:
-    """Padding flags [B, K] (True = a real token) -> [B, 1, 1, K], read as 'every query may look at these keys'."""
-    return None if valid is None else valid[:, None, None, :]
+    """Padding flags [B, K] (True = a real token) -> [B, 1, 1, K], read as 'every query may look at these keys'.
+
+    Flags that say so for each query, [B, K, K], become [B, 1, K, K].
+    """
+    return None if valid is None else valid[:, None, None] if valid.ndim == 2 else valid[:, None]
 
 
 class TubeletEmbedding(nn.Module):
@@ -123,7 +126,8 @@ class Encoder(nn.Module):
 
     def forward(self, clips: Tensor, keep: Tensor | None = None, valid: Tensor | None = None,
                 layers: bool = False) -> Tensor | list[Tensor]:
-        """`valid` [B, K] marks padding; `layers` returns the output of every block (before the last norm)."""
+        """`valid` [B, K] marks padding, or [B, K, K] who may look at whom; `layers` returns the output of every block
+        (before the last norm)."""
         grid = tuple(n // size for n, size in zip(clips.shape[2:], self.tubelet, strict=True))
         if grid != tuple(self.grid):
             raise ValueError(f"clips of {'×'.join(map(str, clips.shape[2:]))} give {grid} tokens, but this encoder has "

@@ -6,8 +6,10 @@ biases apart (`q_bias`, `v_bias`, no bias for keys), and a loader that overlooks
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +40,11 @@ class Report:
         return f"{self.source}: {len(self.used)} keys used, 0 missing, 0 left over{notes}"
 
 
-def read(path: str | Path) -> dict:
+def read(path: str | Path, remedy: str = "fetch it again") -> dict:
     """Read a checkpoint. Only tensors and plain containers are accepted: a file that carries code is refused.
+
+    Args:
+        remedy: what to do about a damaged file.
 
     Raises:
         WeightsError: not there, truncated, or not loadable as pure data.
@@ -50,13 +55,31 @@ def read(path: str | Path) -> dict:
         raise WeightsError(f"{path}: no such checkpoint; put the file there or set `init: random`") from e
     except pickle.UnpicklingError as e:
         raise WeightsError(f"{path}: refused, it is no checkpoint, or it holds more than tensors and could run code on "
-                           "loading; fetch it again, or ask its author for a file of tensors only") from e
+                           f"loading; {remedy}, or ask its author for a file of tensors only") from e
     except (RuntimeError, EOFError, OSError, ValueError) as e:
-        raise WeightsError(f"{path}: cannot be read as a checkpoint (truncated?); fetch it again") from e
+        reason = getattr(e, "strerror", None) or "truncated?"
+        raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason}); {remedy}") from e
     if not isinstance(file, dict):
         raise WeightsError(f"{path}: holds a {type(file).__name__}, not the named parts of a checkpoint; "
                            "save it as torch.save({'target_encoder': encoder.state_dict()}, path)")
     return file
+
+
+@contextlib.contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """While a run takes up its own checkpoint `path`: parts that are missing or of another size get one sentence.
+
+    Raises:
+        WeightsError: naming the file and the remedy.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if isinstance(e, WeightsError):
+            raise
+        reason = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:160]
+        raise WeightsError(f"{path}: is not the checkpoint of this run ({reason}); delete it, and the run starts "
+                           "again") from e
 
 
 def strip(state: dict[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
