@@ -136,7 +136,7 @@ def readers(path: Path, clients: int, seconds: float, meanwhile) -> tuple[pd.Dat
     return pd.DataFrame(rows, columns=["access", "ms", "right", "error"]), rounds
 
 
-def scrubbing(folder: Path, clients: int, seconds: float, sequences: int = 60) -> pd.DataFrame:
+def scrubbing(folder: Path, clients: int, seconds: float, sequences: int = 20) -> pd.DataFrame:
     """Latencies of `clients` readers, alone and while the same file is made anew with other content."""
     tree, out, tables = write_tree(folder / "tree", sequences, 20, 96), folder / "data.h5", []
     making = 0
@@ -165,10 +165,9 @@ def scrubbing(folder: Path, clients: int, seconds: float, sequences: int = 60) -
 
 # --- memory
 
-def peak() -> dict:
-    """MB: the highest resident memory of this process and of the largest of its workers."""
-    return {name: resource.getrusage(who).ru_maxrss / 1024
-            for name, who in (("process", resource.RUSAGE_SELF), ("worker", resource.RUSAGE_CHILDREN))}
+def peak() -> float:
+    """MB: the highest resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def stage(what: str, tree: str, cache: str) -> None:
@@ -176,7 +175,7 @@ def stage(what: str, tree: str, cache: str) -> None:
     from usjepa_nb.runs import Lab
 
     lab = Lab("smoke", tree, cache, steps=60, videomae_steps=60, log_every=60, probe_min_steps=20)
-    before, begun = peak()["process"], time.perf_counter()
+    before, begun = peak(), time.perf_counter()
     if what == "convert":
         convert(lab.tree, lab.hdf5, 32, progress=False)
     else:
@@ -188,7 +187,7 @@ def stage(what: str, tree: str, cache: str) -> None:
 
             segmentation(lab, "random")
         assert rows
-    print(json.dumps({"before": before, **peak(), "seconds": time.perf_counter() - begun}))
+    print(json.dumps({"before": before, "process": peak(), "seconds": time.perf_counter() - begun}))
 
 
 STAGES = {"convert": "convert", "open": "open and check the file", "train": "pre-train (V-JEPA, 60 steps)",

@@ -79,4 +79,4 @@ class Step:
         with torch.no_grad():
             for theirs, mine in zip(model.encoder.parameters(), model.target_encoder.parameters(), strict=True):
                 mine.mul_(0.998).add_((1 - 0.998) * theirs)
-        return log | {"loss": float(loss)}
+        return log | {"loss": float(loss.detach())}

@@ -94,3 +94,16 @@ def test_token_grid3d_places_every_token_once():
     }  # fmt: skip
     only = traces["hidden"]
     assert (only.x[0], only.z[0], only.y[0]) == (1, 2, 4)  # t across, y upright, x in depth
+
+
+def test_scaling_draws_what_was_measured_above_its_floor():
+    rows = [{"grows": g, "value": v, "s": 2.0 * v, "floor, s": 1.0 * v} for g in ("size", "frames", "depth", "batch")
+            for v in (1, 2, 4)]
+    figure = charts.scaling({"rows": rows, "epochs": 7, "runs": [{"patients": n, "hours": n / 9} for n in (9, 90)],
+                             "processes": [{"processes": 1, "s, on the wall": 3.0},
+                                           {"processes": 2, "s, on the wall": 2.0}]})
+    assert [ax.get_xlabel() for ax in figure.axes][:4] == ["frame size, px", "frames", "blocks", "clips of a step"]
+    measured, floor = figure.axes[0].lines
+    assert measured.get_ydata().tolist() == [2, 4, 8] and floor.get_ydata().tolist() == [1, 2, 4]
+    assert figure.axes[4].lines[0].get_ydata().tolist() == [1, 10] and "7 epochs" in figure.axes[4].get_ylabel()
+    assert figure.axes[5].lines[0].get_ydata().tolist() == [3, 2]

@@ -226,7 +226,7 @@ class Stopped(BaseException):
     """A kill, as the loop sees it."""
 
 
-class Toy(nn.Module):
+class Toy(objectives.Objective):
     """An objective with all that a real one has: an encoder, a frozen copy that follows it, a buffer, and chance."""
 
     def __init__(self):
@@ -236,9 +236,12 @@ class Toy(nn.Module):
             self.encoder, self.target_encoder = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
         self.register_buffer("seen", torch.zeros(3))
 
-    def forward(self, batch, generator):
+    def prepare(self, batch, generator):
+        return batch, torch.rand(len(batch), 2, generator=generator)
+
+    def losses(self, prepared):
+        batch, noise = prepared
         self.seen += batch.sum(0)
-        noise = torch.rand(len(batch), 2, generator=generator)
         return {"loss": (self.encoder(batch) - self.target_encoder(batch) - noise).square().mean()}
 
     @torch.no_grad()

@@ -274,7 +274,7 @@ CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frame
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
              "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5,
-             "unlabelled": "fraction", "accelerator": "cpu", "devices": 2, "log_every": 1}
+             "unlabelled": "fraction", "accelerator": "cpu", "one_pass": True, "compile": True, "devices": 2, "log_every": 1}
 
 
 def test_every_setting_is_either_of_training_or_not():
@@ -619,7 +619,7 @@ def test_balanced_sampling_draws_every_group_equally_often(mine, monkeypatch):
     table = mine.store.table.loc[rows]
     kept = np.concatenate([rows[(table["view"] == "2CH").to_numpy()][:1], rows[(table["view"] == "4CH").to_numpy()]])
     drawn, real = [], Lab.clips
-    monkeypatch.setattr(Lab, "clips", lambda self, r, *a: drawn.extend(r) or real(self, r, *a))
+    monkeypatch.setattr(Lab, "clips", lambda self, r, *a, **k: drawn.extend(r) or real(self, r, *a, **k))
     for sampling, low, high in (("balanced", 0.3, 0.7), ("uniform", 0.0, 0.3)):
         drawn.clear()
         several = with_settings(mine, sampling=sampling)
@@ -632,7 +632,7 @@ def test_balanced_sampling_draws_every_group_equally_often(mine, monkeypatch):
 def test_pretraining_may_see_the_patients_of_the_fraction_only(mine, monkeypatch):
     few = with_settings(mine, unlabelled="fraction", steps=1, videomae_steps=1)
     seen, real = [], Lab.batches
-    monkeypatch.setattr(Lab, "batches", lambda self, rows: seen.append(list(rows)) or real(self, rows))
+    monkeypatch.setattr(Lab, "batches", lambda self, rows, *a: seen.append(list(rows)) or real(self, rows, *a))
     for method in ("vjepa", "videomae"):
         assert few.folder(few.spec(method, fraction=10)) != few.folder(few.spec(method))
         assert few.folder(few.spec(method)) == mine.folder(with_settings(mine, steps=1, videomae_steps=1).spec(method))

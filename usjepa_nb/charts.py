@@ -134,6 +134,34 @@ def lambda_freeze_interactive(table, score="dsc"):
     return figure.update_layout(width=750, height=400, template="plotly_white", margin={"t": 20, "b": 20})
 
 
+def scaling(measured):
+    """How a step's time grows with one setting after another, with its floor; then patients and processes.
+
+    Args:
+        measured: what `benchmarks/scaling.py` wrote: rows (grows, value, s, "floor, s"), runs, processes.
+    """
+    rows, words = measured["rows"], {"size": "frame size, px", "depth": "blocks", "batch": "clips of a step"}
+    figure, axes = panels(2, 3, ratio=0.75)
+    axes, kinds = axes.ravel(), list(dict.fromkeys(r["grows"] for r in rows))
+    for ax, kind in zip(axes, kinds, strict=False):
+        some = [r for r in rows if r["grows"] == kind]
+        at = [r["value"] for r in some]
+        ax.loglog(at, [r["s"] for r in some], "o-", color=LINES[0], label="measured")
+        ax.loglog(at, [r["floor, s"] for r in some], "--", color=LINES[1], label="floor: FLOPs / matrix rate")
+        ax.set_xticks(at, [f"{v:g}" for v in at])
+        ax.minorticks_off()
+        _label(ax, words.get(kind, kind), "s a step")
+    _legend(axes[0])
+    runs, several = measured["runs"], measured["processes"]
+    axes[-2].loglog([r["patients"] for r in runs], [r["hours"] for r in runs], "o-", color=LINES[0])
+    _label(axes[-2], "patients, two clips each", f"hours for {measured['epochs']} epochs")
+    axes[-1].plot([r["processes"] for r in several], [r["s, on the wall"] for r in several], "o-", color=LINES[0])
+    axes[-1].set_xticks([r["processes"] for r in several])
+    axes[-1].set_ylim(bottom=0)
+    _label(axes[-1], "processes of one run", "s a step, on the wall")
+    return figure
+
+
 def ef_agreement(reference, predicted):
     """Ejection fractions in %, [n] each: predicted against reference, and Bland-Altman.
 

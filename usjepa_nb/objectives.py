@@ -92,6 +92,7 @@ class VJEPA(Objective):
                  teacher: Encoder | None = None):
         super().__init__()
         self.p, self.grid, self.lam = p, p.grid(frames), lam
+        encoder.freeze(freeze)
         self.encoder, self.target_encoder = encoder, teacher or copy.deepcopy(encoder)
         if teacher is None and freeze:  # what is frozen is the same in both: one copy of its weights
             self.target_encoder.patch_embed = encoder.patch_embed

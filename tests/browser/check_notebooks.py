@@ -81,28 +81,24 @@ def code_cells(nb):
 
 def run_all(page, lab, place, cells):
     """Open a notebook, run its `cells` code cells and wait for the last; the errors that they show."""
-    ask = page.locator(".jp-Dialog", has_text="Select Kernel").locator("button.jp-mod-accept")
-    page.add_locator_handler(ask, lambda: ask.click())  # asked on a machine that is slow to find its kernels
     page.goto(f"{lab.url}/doc/tree/{place}?token={lab.token}")
     prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt")
     prompts.first.wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=120_000)
-    wanted = [f"[{k + 1}]:" for k in range(cells)]
-    end, asked = time.monotonic() + 60 * MINUTES, 0
-    while not page.locator(ERRORS).count():
-        if ask.is_visible():
-            ask.click()
-        shown = prompts.all_inner_texts()
-        idle = not re.search(r"[*\d]", "".join(shown))  # also where a kernel came late, and the order to run was lost
-        if idle and time.monotonic() > asked + 20:
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_text("Run All Cells", exact=True).click()
-            asked = time.monotonic()
-        if [prompt for prompt in shown if prompt in wanted] == wanted:
-            break
-        assert time.monotonic() < end, f"not done after {MINUTES} minutes; prompts {shown}"
+    wait(page, "the kernel", lambda: lab.kernel_is_idle(place), 3)  # told to run before, JupyterLab asks for a kernel
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    errors, wanted = page.locator(ERRORS), [f"[{k + 1}]:" for k in range(cells)]
+    wait(page, f"the last of {cells} cells", lambda: errors.count() or
+         [prompt for prompt in prompts.all_inner_texts() if prompt in wanted] == wanted, MINUTES)
+    return errors.all_inner_texts()
+
+
+def wait(page, what, done, minutes):
+    end = time.monotonic() + 60 * minutes
+    while not done():
+        assert time.monotonic() < end, f"waited {minutes} minutes for {what}"
         page.wait_for_timeout(500)
-    return page.locator(ERRORS).all_inner_texts()
 
 
 def look(area):
@@ -218,7 +214,8 @@ def click_plots(page, area, folder, where):
         plot.scroll_into_view_if_needed()
         before, answered = steady(page, area), False
         save(area, folder, f"{where} plot {k} before")
-        box = plot.locator(".nsewdrag").first.bounding_box() or plot.bounding_box()
+        flat = plot.locator(".nsewdrag")  # a 3-D scene has none
+        box = (flat.first if flat.count() else plot).bounding_box()
         for x, y in ((0.5, 0.5), (0.3, 0.4), (0.7, 0.6), (0.4, 0.75), (0.6, 0.25)):
             page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
             page.mouse.move(2, 2)  # no hover label in the picture

@@ -49,6 +49,12 @@ class Server:
     def __init__(self, url, token):
         self.url, self.token = url, token
 
+    def kernel_is_idle(self, place):
+        """Has the notebook at `place` a kernel that a page is connected to and that waits for work?"""
+        sessions = json.loads(self.get("/api/sessions", self.token)[2])
+        kernels = [session["kernel"] for session in sessions if session["path"] == place]
+        return [(k["execution_state"], k["connections"]) for k in kernels] == [("idle", 1)]
+
     def get(self, path, token=None):
         """(status, place that a redirect names, body); a redirect is not followed."""
         request = urllib.request.Request(self.url + path)
