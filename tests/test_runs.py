@@ -274,7 +274,8 @@ CHANGED = {"patients": 11, "phantom_seed": 1, "spacing": 0.5, "size": 64, "frame
 OWN_BUDGET = ("steps", "lr", "videomae_steps", "videomae_lr")
 UNCHANGED = {"probe_epochs": 2, "probe_min_steps": 7, "probe_batch": 4, "probe_lr": 0.5, "probe_width": 8,
              "supervised_steps": 5, "supervised_lr": 0.5, "finetune_lr": 0.5,
-             "unlabelled": "fraction", "accelerator": "cpu", "one_pass": True, "compile": True, "devices": 2, "log_every": 1}
+             "unlabelled": "fraction", "accelerator": "cpu", "one_pass": True, "compile": True, "devices": 2,
+             "log_every": 1}
 
 
 def test_every_setting_is_either_of_training_or_not():
