@@ -12,6 +12,7 @@
 #   make test-slurm          the grid on a SLURM of one node that is started for it (Debian; about 12 minutes)
 #   make verify              is the result table what data, runs and code give? (another file: SUMMARY=...)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
+#   make bench               ratios of speed, also as data_cache/bench.json (about 15 minutes)
 #   make fuzz                the readers on damaged files, SECONDS=30 for each
 #   make load                30 readers of one file while it is converted, and 10,000 sequences in constant memory
 #   make lock, make licences the versions of all packages with their hashes; their licences
@@ -52,7 +53,7 @@ SMOKE := data_cache/smoke
 # Kernels and workers share the cores; one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-browser book test-slurm test-system verify fuzz load lock licences lint \
+.PHONY: run table1 table2 plan results weights lab test test-unit test-notebooks test-browser book test-slurm test-system verify bench fuzz load lock licences lint \
 	clean clean-all setup
 .DEFAULT_GOAL := run
 
@@ -151,6 +152,9 @@ verify: $(READY)
 # Each target for SECONDS=30; atheris is for Linux.
 fuzz: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(or $(SECONDS),30)
+
+bench: $(READY)
+	@$(ONE_THREAD) $(BIN)/python benchmarks/bench.py
 
 load: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load.py
