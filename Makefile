@@ -26,7 +26,7 @@ JOBS ?= 2
 TORCH ?= cpu
 # The first of the two that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # What users give is text to make and to the shell: it goes to the recipes in the environment and is never a command.
 override DATA := $(value DATA)
@@ -62,8 +62,8 @@ setup: $(READY)
 # Everything by its hash and nothing beside the list (requirements.lock), then torch, then this package. The stamp is
 # touched when everything is in; an interrupted set-up goes on where it stopped.
 $(READY): pyproject.toml requirements.lock constraints.txt
-	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' 2>/dev/null || \
-	{ echo "Python 3.11.5 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up .venv (2 GB, about 5 minutes, once) ..."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
 	@$(PIP) install --require-hashes --no-deps -r requirements.lock

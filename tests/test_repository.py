@@ -139,7 +139,8 @@ def test_every_import_is_declared():
 
 def test_no_address_of_a_package_registry():
     """Where packages come from is the machine's configuration; the files name packages only."""
-    forbidden = re.compile(r"--(extra-)?index(-url)?\b|--find-links|\bfile://|\.(?:org|com|io)/simple|pythonhosted")
+    forbidden = re.compile(r"--(extra-)?index(-url)?\b|--find-links|\bfile://\S*(?:simple|wheels|pypi)|"
+                           r"\.(?:org|com|io)/simple|pythonhosted")
     setup = {"pyproject.toml", "requirements.lock", "constraints.txt", "environment.yml", "Makefile", "Snakefile",
              "run", "ci.yml", ".pre-commit-config.yaml"}
     for path, text in texts():
