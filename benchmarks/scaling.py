@@ -29,7 +29,7 @@ CLIPS_A_PATIENT, EPOCHS = 2, 300
 
 def step_of(**changes):
     """A step of profile tiny with other settings, ready to be called, and its number of tokens."""
-    p = load("tiny", sector_aware=False, init="random", **changes)
+    p = load("tiny", **{"sector_aware": False, "init": "random", "target_layers": 2, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         objective = objectives.VJEPA(p, p.frames, objectives.make_encoder(p, p.frames), 1.0, 0)

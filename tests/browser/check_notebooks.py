@@ -26,6 +26,7 @@ FOLDER = ROOT / "data_cache" / "browser"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 WIDTH = 1280  # px
 MINUTES = 15  # for all cells of one notebook
+ROUNDS = 4  # of moving what has not answered yet
 CONTROLS = {  # what can be moved: its class in ipywidgets
     "slider": ".widget-slider", "dropdown": ".widget-dropdown", "checkbox": ".widget-checkbox",
     "radio": ".widget-radio", "select": ".widget-select", "togglebuttons": ".widget-toggle-buttons",
@@ -137,7 +138,7 @@ def changes(page, area, before, seconds):
     return True
 
 
-def moves(page, area, kind, control):
+def moves(area, kind, control):
     """Ways to move a control, most natural first; each is tried until the output looks different."""
     if kind == "slider":
         handle = control.locator(".noUi-handle").first
@@ -181,30 +182,41 @@ def save(area, folder, name):
 
 
 def move_everything(page, area, folder, where):
-    """Move each control of one output; sentences about those that do nothing."""
-    for kind, selector in CONTROLS.items():
-        for k, control in enumerate(area.locator(selector).all()):
-            if kind == "button" and area.locator(CONTROLS["radio"]).count():
-                continue  # pressed after each choice
-            if not control.is_visible() or control.evaluate("e => e.disabled || e.querySelector(':disabled') !== null"):
-                continue
-            name = f"{where} {name_of(control, kind)} {k}"
-            control.scroll_into_view_if_needed()
-            before = steady(page, area)
-            save(area, folder, f"{name} before")
-            moved = any(_moved(page, area, before, move, name) for move in moves(page, area, kind, control))
-            if kind == "play":
-                control.locator("button").first.click()  # pause
-            save(area, folder, f"{name} after")
-            if not moved:
-                yield f"{name}: moved, and nothing next to it changed"
-            if area.get_by_text("cannot be drawn").count():
-                yield f"{name}: {area.get_by_text('cannot be drawn').first.inner_text()}"
+    """Move each control of one output; sentences about those that do nothing.
+
+    One that does nothing (opacity where nothing was found, "to ED" at ED) gets another chance under other settings.
+    """
+    todo = [(f"{where} {name_of(control, kind)} {k}", kind, control)
+            for kind, selector in CONTROLS.items() for k, control in enumerate(area.locator(selector).all())
+            if control.is_visible() and not control.evaluate("e => e.disabled || e.querySelector(':disabled') !== null")
+            and not (kind == "button" and area.locator(CONTROLS["radio"]).count())]  # pressed after each choice
+    for _ in range(ROUNDS):
+        todo = [(name, kind, control) for name, kind, control in todo
+                if not answers(page, area, folder, name, kind, control)]
+        if not todo:
+            break
+        for menu in area.locator(f"{CONTROLS['dropdown']} select").all():
+            menu.evaluate("e => { e.selectedIndex = (e.selectedIndex + 1) % e.options.length; "
+                          "e.dispatchEvent(new Event('change', {bubbles: true})); }")
+    yield from (f"{name}: moved, and nothing next to it changed" for name, *_ in todo)
+    if (wrong := area.get_by_text("cannot be drawn")).count():
+        yield f"{where}: {wrong.first.inner_text()}"
 
 
-def _moved(page, area, before, move, name):
-    move()
-    return changes(page, area, before, 20 if "play" in name else 8)
+def answers(page, area, folder, name, kind, control):
+    """Move one control; did the output change?"""
+    control.scroll_into_view_if_needed()
+    before = steady(page, area)
+    save(area, folder, f"{name} before")
+    moved = False
+    for move in moves(area, kind, control):
+        move()
+        if moved := changes(page, area, before, 20 if kind == "play" else 8):
+            break
+    if kind == "play":
+        control.locator("button").first.click()  # pause
+    save(area, folder, f"{name} after")
+    return moved
 
 
 def click_plots(page, area, folder, where):
