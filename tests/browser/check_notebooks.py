@@ -2,8 +2,8 @@
 
     pytest tests/browser/check_notebooks.py [-k 03]
 
-The parameters of the smoke profile are injected as for `make test-notebooks`. Screenshots from before and after each
-move land in data_cache/browser/. (Not called test_*.py: `make test` needs no browser.)
+The parameters of the smoke profile are injected as for `make test-notebooks`, with longer probes. Screenshots from
+before and after each move land in data_cache/browser/. (Not called test_*.py: `make test` needs no browser.)
 """
 
 import io
@@ -34,6 +34,8 @@ CONTROLS = {  # what can be moved: its class in ipywidgets
     "play": ".widget-play", "button": "button.widget-button:not(.widget-play *):not(.widget-toggle-buttons *)",
 }
 FOCUS = ".noUi-handle, select, input, button, textarea"  # inside a control: what Tab has to reach
+STUCK = ("e => e.disabled || e.querySelector(':disabled')"
+         " || e.querySelector('select')?.options.length === 1")
 ERRORS = "[data-mime-type='application/vnd.jupyter.error']"
 
 
@@ -63,9 +65,13 @@ def page(browser):
 
 
 def prepare(notebook):
-    """A copy with the parameters of the smoke profile and without any output; its place on the server."""
-    copy = FOLDER / "notebooks" / notebook.name
-    given = {"profile": "smoke", "cache": FOLDER / "cache", "seed": 0}
+    """A copy with parameters in and without any output: its place on the server, and how many cells it has to run."""
+    copy, profile = FOLDER / "notebooks" / notebook.name, FOLDER / "browser.yaml"
+    smoke = (ROOT / "profiles" / "smoke.yaml").read_text()
+    few, enough = re.subn(r"(?m)^probe_min_steps: *\d+", "probe_min_steps: 60", smoke)
+    assert enough == 1
+    profile.write_text(few)  # after smoke's own 6 steps a probe finds nothing, and there is nothing to fade
+    given = {"profile": profile, "cache": FOLDER / "cache", "seed": 0}
     options = [word for name, value in given.items() for word in ("-p", name, str(value))]
     subprocess.run([sys.executable, "-m", "usjepa_nb.execute", notebook, copy, "--prepare-only", *options],
                    check=True, cwd=ROOT)
@@ -188,7 +194,7 @@ def move_everything(page, area, folder, where):
     """
     todo = [(f"{where} {name_of(control, kind)} {k}", kind, control)
             for kind, selector in CONTROLS.items() for k, control in enumerate(area.locator(selector).all())
-            if control.is_visible() and not control.evaluate("e => e.disabled || e.querySelector(':disabled') !== null")
+            if control.is_visible() and not control.evaluate(STUCK)
             and not (kind == "button" and area.locator(CONTROLS["radio"]).count())]  # pressed after each choice
     for _ in range(ROUNDS):
         todo = [(name, kind, control) for name, kind, control in todo
