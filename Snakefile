@@ -83,7 +83,7 @@ rule table2_cells:
 
 
 # The reports name no output: they are made every time, of whatever is there.
-REPORT = ("OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {OUT}/{rule}.ipynb --html "
+REPORT = ("OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {OUT:q}/{rule}.ipynb --html "
           "-p profile {PROFILE:q} -p grid {GRID:q} -p missing show -p seed {SEED} {params.data} && "
           "python -m usjepa_nb.tables {PROFILE:q} {SEED} {GRID:q} {DATA:q}")
 GIVEN = f"-p data {shlex.quote(DATA)}" if DATA else ""
@@ -110,5 +110,5 @@ rule notebook:
     params:
         extra=lambda w: (trains | probes).get(w.name, f"-p seed {SEED}"), data=GIVEN,
     shell:
-        "OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html -p profile {PROFILE:q} "
+        "USJEPA_EXERCISE=0 OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html -p profile {PROFILE:q} "
         "{params.extra} {params.data}"

@@ -168,7 +168,7 @@ def insist_on_utf8() -> None:
 
 def set_environment() -> None:
     """What the kernel inherits."""
-    os.environ["USJEPA_EXERCISE"] = "1"  # widgets call their own callbacks once, so that errors surface
+    os.environ.setdefault("USJEPA_EXERCISE", "1")  # widgets call their own callbacks once, so that errors surface
     os.environ["PYTHONHASHSEED"] = "0"
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"  # JSON in the notebook: small; for_html() draws it
     os.environ.setdefault("TQDM_MININTERVAL", "5")  # s
