@@ -159,7 +159,8 @@ MAKE = shutil.which("make") and (ROOT / ".venv" / ".ready").exists()
     (["plan", "PROFILE=tyni"], "tyni.yaml: no such profile; choose one of"),
 ])
 def test_make_refuses_what_it_does_not_know(arguments, words):
-    done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/.ready", *arguments], cwd=ROOT,
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # as from a shell
+    done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/.ready", *arguments], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make: *** [")]
