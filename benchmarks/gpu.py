@@ -74,7 +74,7 @@ class Variant:
         self.step(self.grey, Generator().manual_seed(self.k), autocast(self.p.precision, self.device))
 
 
-def tokens(p: Profile, grey: torch.Tensor, changes: dict, freeze: int) -> float:
+def flops_of(p: Profile, grey: torch.Tensor, changes: dict, freeze: int) -> float:
     """FLOPs of a step, over two draws of masks."""
     p = p.replace(init="random", sector_aware=False, mask_rule="first").replace(**changes)
     return cost.training(p, p.frames, "vjepa", freeze, [grey.float().cpu()] * 2).flops
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             mine = Variant(p, grey, device, changes, freeze)
             seconds = compare({"published": published, "mine": mine}, a.rounds, device)
-            flops = tokens(p, grey, changes, freeze)
+            flops = flops_of(p, grey, changes, freeze)
             peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else math.nan
             out["rows"].append({"variant": name, "frozen": freeze, "ms": 1e3 * seconds["mine"],
                                 "published, ms": 1e3 * seconds["published"],
