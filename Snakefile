@@ -108,7 +108,7 @@ rule notebook:
     priority: lambda w: 3 if "--supervised" in w.name else 2 if "--vjepa-lam1-f0-" in w.name else \
         1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
     params:
-        extra=lambda w: (trains | probes).get(w.name, f"-p seed {SEED}"), data=GIVEN,
+        extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=GIVEN,
     shell:
-        "USJEPA_EXERCISE=0 OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} --html -p profile {PROFILE:q} "
+        "USJEPA_EXERCISE=0 OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} -p profile {PROFILE:q} "
         "{params.extra} {params.data}"

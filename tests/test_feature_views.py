@@ -162,7 +162,6 @@ def test_features_and_probe_are_found_where_notebook_05_left_them(tmp_path_facto
     found = segmentation(lab, "random")
     rows = labelled_rows(lab)[[1, -1, 0]]  # not in the order of the file
     run, p = lab.encoder("random"), lab.profile
-    predictor(lab, run)
     view = features.load(lab, cell, rows)
     z, seen = probe.encode(run.encoder, torch.from_numpy(lab.clips(rows)[0]).float(), p.sector_aware)
     torch.testing.assert_close(view.features, z.detach(), atol=5e-3, rtol=5e-3)  # kept in half precision

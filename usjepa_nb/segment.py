@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -87,12 +88,14 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
     return Segmentation(spec, rows, best, last, scores(lab, spec, rows, best, last), history, seconds)
 
 
-def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None) -> tuple:
-    """Predictions of best and last probe on `rows`, and the probe's history."""
+def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None = None) -> tuple:
+    """Predictions of best and last probe on `rows`, and the probe's history; the best one is kept in the run's folder."""
     if run.spec["method"] in END_TO_END:  # its decoder was trained with it
         predicted = predictor(lab, run)(lab.clips(rows)[0])
         return predicted, predicted, []
     cache, fitted = fit_probe(lab, run, rows, fraction, online)
+    if online is None:
+        save(probe_file(lab, run, fraction), {"best": fitted["best"]})
     at = slice(len(lab.labelled(100)), None)
     predicted = []
     for which in ("best", "last"):
@@ -119,20 +122,24 @@ def fit_probe(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encod
                             device=lab.device)
 
 
+def probe_file(lab: Lab, run: Run, fraction: int) -> Path:
+    """Where the probe that was best on validation is kept."""
+    return run.folder / f"probe-{fraction}pc-{probing(lab, fraction)}.pt"
+
+
 def predictor(lab: Lab, run: Run, fraction: int = 100) -> Callable[[np.ndarray], np.ndarray]:
     """A function from any clips, uint8 [n, T, S, S], to their masks: what scores corrupted or foreign clips.
 
-    The probe that was best on validation is loaded from the run's folder, or fitted once more and kept there.
+    The probe that was best on validation is loaded from the run's folder, where `segment` left it, or fitted.
     """
     p = lab.profile
     if run.spec["method"] in END_TO_END:
         model = run.objective.eval()
         logits = model.logits
     else:
-        path = run.folder / f"probe-{fraction}pc-{probing(lab, fraction)}.pt"
+        path = probe_file(lab, run, fraction)
         if not path.exists():
-            _, fitted = fit_probe(lab, run, labelled_rows(lab), fraction)
-            save(path, {"best": fitted["best"]})
+            segment(lab, run, labelled_rows(lab), fraction)
         encoder = run.encoder.eval()
         model = probe.SegmentationProbe(p.grid(lab.frames), p.tubelet_size, encoder.width, p.heads, p.probe_width)
         model.load_state_dict(read(path)["best"])
