@@ -1,6 +1,7 @@
 """`make test-slurm`: a small grid through a SLURM of one node, started here and stopped again; one job is killed.
 
-    python tests/slurm/one_node.py
+    python tests/slurm/one_node.py                 # the test
+    python tests/slurm/one_node.py tiny paper      # both tables of any profile and grid, through such a SLURM
 
 The daemons listen on loopback, at free ports, with keys, state and logs in a temporary folder; a SLURM that the machine
 has is not touched. The grid runs with `profiles/slurm` as a reader would start it. Once a training has written a
@@ -242,11 +243,22 @@ def clear() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def both_tables(profile: str, grid: str) -> None:
+    """`make table1 table2` with every cell as a SLURM job; what is on disk is not made again."""
+    install()
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, slurm(Path(folder)):
+        for target in ("cells", "table1 table2"):
+            subprocess.run([sys.executable, "-m", "snakemake", *target.split(), "--profile", "profiles/slurm", "--jobs",
+                            "2", "--config", f"profile={profile}", f"grid={grid}"], cwd=ROOT, check=True)
+
+
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("stopped by a signal"))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # one thread here and there: the same sums
+    if sys.argv[1:]:
+        return both_tables(*sys.argv[1:])
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         install()
