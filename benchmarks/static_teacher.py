@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from usjepa_nb import bootstrap, cost, linear, robustness, tables, tasks
 from usjepa_nb.runs import Lab, write_text
@@ -77,10 +78,10 @@ def evaluate(lab: Lab, method: str, lam: float) -> dict:
 
 def run(data: str, seeds: list[int], only: list[str]) -> None:
     out = RESULTS / f"static_teacher_{'real' if data else 'phantom'}.json"
+    known = lambda: json.loads(out.read_text())["rows"] if out.exists() else []  # noqa: E731
     for seed in seeds:
         for name in only or METHODS:
-            rows = json.loads(out.read_text())["rows"] if out.exists() else []
-            if any(r["name"] == name and r["seed"] == seed for r in rows):
+            if any(r["name"] == name and r["seed"] == seed for r in known()):
                 continue
             words, method, lam, changes = METHODS[name]
             lab = Lab("tiny", data, seed=seed, **SIZE | changes)
@@ -92,8 +93,9 @@ def run(data: str, seeds: list[int], only: list[str]) -> None:
             print({k: v for k, v in row.items() if k != "corrupted"}, flush=True)
             content = {"data": lab.data_name, "data_hash": lab.store.data_hash,
                        "ed_es_only": bool(lab.store.ed_es_only), "settings": SIZE, "severities": SEVERITIES,
-                       "commit": tables.commit(), "rows": [*rows, row]}
-            write_text(out, json.dumps(content, indent=1))
+                       "commit": tables.commit()}
+            with FileLock(lab.cache / f"{out.stem}.lock"):  # seeds may run side by side
+                write_text(out, json.dumps(content | {"rows": [*known(), row]}, indent=1))
 
 
 def steps(lab: Lab, method: str) -> int:
