@@ -148,5 +148,6 @@ def test_charts_hold_every_reading(methods):
     assert sorted(x for line in dots for x in line.get_xdata()) == pytest.approx(sorted(rows["value"]))
     assert list(ringed.get_xdata()) == list(audit.ours(rows)["value"])
     lines = audit.rankings_chart(methods, "jaccard").axes[0].lines
+    assert {line.get_linestyle() for line in lines} == {"None"}  # readings have no order that a line could follow
     assert [line.get_label() for line in lines] == ["A", "B"] and len(lines[0].get_xdata()) == 2 * 2 * 3
     assert figures.png(figure).startswith(b"\x89PNG")

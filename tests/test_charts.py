@@ -36,6 +36,22 @@ def test_training_curves_skip_the_steps_at_which_a_monitor_was_not_read():
     assert [ax.get_yscale() for ax in axes] == ["log", "log", "linear", "linear"]
 
 
+def test_training_curves_show_spread_and_rank_from_zero_and_a_share_up_to_one():
+    history = pd.DataFrame({"step": range(3), "std": [0.49, 0.5, 0.5], "rank": [26.0, 27, 28], "jepa": [0.3, 0.4, 0.35],
+                            "position_share": [0.67, 0.68, 0.67]})
+    std, rank, share, both, loss = charts.training_curves(
+        history, ["std", "rank", "position_share", ["jepa", "std"], "jepa"]).axes[:5]
+    assert std.get_ylim()[0] == rank.get_ylim()[0] == 0 and 28 < rank.get_ylim()[1] < 35
+    assert share.get_ylim() == (0, 1)
+    assert both.get_ylim()[0] > 0.2 and loss.get_ylim()[0] > 0.2
+
+
+def test_training_curves_with_a_rank_over_decades_stay_logarithmic():
+    history = pd.DataFrame({"step": range(3), "rank": [1.0, 20, 500]})
+    ax = charts.training_curves(history, ["rank"]).axes[0]
+    assert ax.get_yscale() == "log" and 0 < ax.get_ylim()[0] <= 1
+
+
 def test_training_curves_of_an_empty_history_are_empty_panels():
     history = pd.DataFrame({"step": [], "loss": []})
     assert len(is_drawn(charts.training_curves(history, ["loss"])).axes) == 1
@@ -66,6 +82,18 @@ def test_lambda_freeze_averages_seeds_and_says_what_is_missing():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "0.5", "0.25"]
     framed = [text.get_bbox_patch().get_edgecolor()[3] > 0 for text in ax.texts]
     assert framed == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(("scores", "limits"), [((0.669, 0.671), (0.645, 0.695)), ((0.6, 0.8), (0.6, 0.8))])
+def test_lambda_freeze_does_not_paint_a_small_difference_as_a_large_one(scores, limits):
+    table = pd.DataFrame({"freeze": 0, "lam": [1, 0.25], "dsc": scores})
+    (image,) = charts.lambda_freeze(table).axes[0].images
+    assert image.get_clim() == pytest.approx(limits)
+
+
+def test_lambda_freeze_without_any_number_says_missing():
+    table = pd.DataFrame({"freeze": [0, 0], "lam": [1, 0.25], "dsc": np.nan})
+    assert [text.get_text() for text in is_drawn(charts.lambda_freeze(table)).axes[0].texts] == ["missing", "missing"]
 
 
 def test_ef_agreement_prints_bias_and_limits():

@@ -184,3 +184,17 @@ def test_bad_input_gets_one_sentence(here, make, complaint):
     with pytest.raises(CineError, match=complaint) as error:
         cine.read(path)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_what_is_given_by_hand_counts_and_zero_keeps_what_the_file_says(here):
+    film = cine.read(dicom(here / "a.dcm", loop()[0]))
+    assert cine.given(film) == film
+    known = cine.given(film, frame_ms=20)
+    assert (known.frame_ms, known.spacing) == (20, film.spacing) and "frame time given by hand" in str(known)
+    odd = cine.read(dicom(here / "b.dcm", loop()[0], region=(0, 0, 319, 239)))  # its note is about the spacing
+    measured = cine.given(odd, 0.4)
+    assert (measured.spacing, measured.frame_ms) == ((0.4, 0.4), 25)
+    assert "written for another size" in cine.given(odd, frame_ms=20).note and "another size" not in measured.note
+    for bad in ({"frame_ms": -1}, {"mm_per_pixel": float("nan")}):
+        with pytest.raises(CineError, match=f"{next(iter(bad))} = .*: give a number above 0"):
+            cine.given(film, **bad)

@@ -9,7 +9,7 @@ from smoke_lab import smoke_lab
 
 from usjepa_nb import figures, probe
 from usjepa_nb.grid import Cell
-from usjepa_nb.segment import labelled_rows, predictor, segmentation
+from usjepa_nb.segment import labelled_rows, segmentation
 from usjepa_nb.widgets import features
 from usjepa_nb.widgets.tokens import TokenInspector
 
@@ -110,6 +110,8 @@ def test_pictures_hold_the_values_in_true_proportions(tokens):
     for t in range(2):
         np.testing.assert_array_equal(figure.axes[2 + t].get_images()[0].get_array().filled(np.nan), wanted[t])
     assert [len(ax.patches) for ax in figure.axes[:4]] == [0, 1, 0, 1]  # the asking token is framed in its slice
+    assert figure.axes[4].get_ylabel() == "share of the attention"
+    assert tokens.heat("B", 1, "similarity", (1, 2, 3)).axes[4].get_ylabel() == "cosine"
     colours = tokens.colours("A", 0, 0)
     rgba = colours.axes[1].get_images()[0].get_array()
     assert (rgba[0, 0] == 0).all() and rgba[0, 1, 3] == 1  # token 0 was left out

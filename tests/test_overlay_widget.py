@@ -67,7 +67,7 @@ def test_titles_tell_frame_instant_score_and_ef():
     figure = overlays.picture(b, 1, "B", 100, 2)
     assert "p2 4CH, frame 3 of 4 = ES" in figure.axes[0].get_title()
     wanted = np.mean([metrics.dsc(b.predicted["B", 100][1, 2], b.truth[1, 2], c) for c in metrics.CLASSES])
-    assert f"DSC {wanted:.3f}" in figure.axes[0].get_title()
+    assert f"DSC of this frame {wanted:.3f}" in figure.axes[0].get_title()
     ef = [b.ejection_fraction(key, 1) for key in (("B", 100), overlays.REFERENCE)]
     assert f"EF {ef[0]:.0f} %, reference {ef[1]:.0f} %" in figure.axes[1].get_title()
     assert overlays.picture(b, 1, "B", 100, 0).axes[0].get_title().startswith("p2 4CH, frame 1 of 4\n")
@@ -78,7 +78,7 @@ def test_classes_that_are_not_chosen_are_neither_drawn_nor_counted():
     only = overlays.picture(b, 0, "B", 100, 0, classes=(3,), errors=True)
     covers = only.axes[0].get_images()[1].get_array()
     assert covers[16, 15, 3] == 0 and tuple(covers[35, 15]) == to_rgba(figures.CLASS_COLOURS[3], 0.35)
-    assert "DSC 1.000, 0.0% of the pixels differ" in only.axes[0].get_title() and not differ(only)
+    assert "DSC of this frame 1.000, 0.0% of its pixels differ" in only.axes[0].get_title() and not differ(only)
     assert differ(overlays.picture(b, 0, "B", 100, 0, classes=(1,), errors=True))
     assert not differ(overlays.picture(b, 0, "B", 100, 0, classes=(1,)))
     assert "no such class" in overlays.picture(b, 0, "B", 100, 0, classes=()).axes[0].get_title()
@@ -92,7 +92,7 @@ def test_the_line_goes_around_what_differs():
     (line,) = [c for c in figure.axes[0].collections if tuple(c.get_edgecolor()[0]) == to_rgba(overlays.ERROR)]
     points = np.concatenate([path.vertices for path in line.get_paths()])
     assert points.min(0) == pytest.approx([2.5, 1.5]) and points.max(0) == pytest.approx([6.5, 4.5])
-    assert f"{12 / (SIZE[0] * SIZE[1]):.1%} of the pixels differ" in figure.axes[0].get_title()
+    assert f"{12 / (SIZE[0] * SIZE[1]):.1%} of its pixels differ" in figure.axes[0].get_title()
 
 
 def test_every_control_is_exercised_and_comes_back(monkeypatch):

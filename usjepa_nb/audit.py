@@ -204,13 +204,12 @@ def readings_chart(rows):
 
 
 def rankings_chart(rows, score="dsc"):
-    """Methods under every reading (from `table`): a line for each method; where two lines cross, the order changes."""
+    """Methods under every reading (from `table`): a dot for each; where dots of a row change places, the order does."""
     figure, axes = panels(1, 1, width=9, ratio=0.55)
     ax, rows = axes[0, 0], rows[(rows["score"] == score) & (rows["absent"] == OURS["absent"])]
     for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
         ticks = [f"{r.classes} · background {r.background} · {r.frames}" for r in group.itertuples()]
-        ax.plot(group["value"], range(len(group)), marker=MARKERS[i % 8], color=LINES[i % 8], linewidth=0.8,
-                markersize=5, label=method)
+        ax.plot(group["value"], range(len(group)), MARKERS[i % 8], color=LINES[i % 8], markersize=5, label=method)
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel(f"{score.upper()}, mean over videos", fontsize=9)

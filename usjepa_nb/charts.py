@@ -6,6 +6,8 @@ from .figures import PALETTE, TOKEN_COLOURS, panels, token_kinds
 
 LINES = [PALETTE[c] for c in ("blue", "vermillion", "green", "purple", "orange", "sky", "black", "yellow")]
 MARKERS = "osD^vPX*"  # colour is never the only difference
+FROM_ZERO, SHARES = ("std", "rank"), ("position_share",)  # monitors whose zero means something; the latter end at 1
+SPAN = 0.05  # least range of a heat map's colours, in DSC: less must not look like much
 
 
 def _legend(ax, **how):
@@ -35,7 +37,8 @@ def training_curves(history, columns):
 
     Args:
         history: DataFrame with a column "step"; a monitor that was not read at a step is nan there. Positive
-            curves that span more than two decades get a logarithmic axis.
+            curves that span more than two decades get a logarithmic axis; spread and rank begin at 0, a share ends
+            at 1.
     """
     across = min(3, len(columns))
     figure, axes = panels(-(-len(columns) // across), across, ratio=0.65)
@@ -50,6 +53,8 @@ def training_curves(history, columns):
         values = values[~np.isnan(values)]
         if values.size and values.min() > 0 and values.max() > 100 * values.min():
             ax.set_yscale("log")
+        elif len(names) == 1 and names[0] in FROM_ZERO + SHARES:
+            ax.set_ylim(0, 1 if names[0] in SHARES else 1.1 * max(values, default=1) or 1)
         _label(ax, "step", "", names[0] if len(names) == 1 else "")
         if len(names) > 1:
             _legend(ax)
@@ -95,7 +100,7 @@ def dsc_vs_fraction_interactive(table, score="dsc"):
 
 
 def lambda_freeze(table, score="dsc"):
-    """Table 1 as a heat map: columns λ, rows frozen blocks; the best of each row is framed.
+    """Table 1 as a heat map: columns λ, rows frozen blocks; the best of a row is framed, colours span `SPAN` at least.
 
     Args:
         table: DataFrame with columns freeze (blocks), lam, `score`; rows of one cell (seeds) are averaged;
@@ -106,7 +111,10 @@ def lambda_freeze(table, score="dsc"):
     rows, columns = cells.shape
     figure, axes = panels(1, 1, width=1.5 + 1.1 * columns, ratio=0.2 + 0.5 * rows / columns)
     ax, values = axes[0, 0], cells.to_numpy()
-    image = ax.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto")
+    known = values[~np.isnan(values)]
+    low, high = (known.min(), known.max()) if known.size else (0, 1)
+    more = max(0, SPAN - (high - low)) / 2
+    image = ax.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=low - more, vmax=high + more)
     for (row, column), value in np.ndenumerate(values):
         missing = np.isnan(value)
         best = not missing and value == np.nanmax(values[row])

@@ -6,7 +6,7 @@ file stay where they are: a `Cine` has no place for them. What is burnt into the
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -69,6 +69,27 @@ def read(path) -> Cine:
         remedy = "give a loop" if len(cine.frames) < 2 else f"cut out some beats, at most {MOST} frames"
         raise CineError(f"{path.name} has {_count(len(cine.frames))}: {remedy}.")
     return cine
+
+
+def given(cine: Cine, mm_per_pixel: float = 0.0, frame_ms: float = 0.0) -> Cine:
+    """The loop with what its owner knows better than the file: mm per pixel, both ways, and ms between frames.
+
+    0 keeps what the file says. A video's own rate is how fast it plays, which need not be how fast it was taken.
+
+    Raises:
+        CineError: a number below 0 or no finite one.
+    """
+    changes, notes = {}, [cine.note] if cine.note and not mm_per_pixel else []
+    for name, value in (("mm_per_pixel", mm_per_pixel), ("frame_ms", frame_ms)):
+        if not 0 <= value < math.inf:
+            raise CineError(f"{name} = {value} cannot be: give a number above 0, or 0 for what the file says.")
+    if mm_per_pixel:
+        changes["spacing"] = (float(mm_per_pixel),) * 2
+        notes.append("spacing measured or given by hand")
+    if frame_ms:
+        changes["frame_ms"] = float(frame_ms)
+        notes.append("frame time given by hand")
+    return replace(cine, **changes, note="; ".join(notes))
 
 
 def _count(frames):

@@ -89,7 +89,7 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
 
 
 def segment(lab: Lab, run: Run, rows: np.ndarray, fraction: int, online: Encoder | None = None) -> tuple:
-    """Predictions of best and last probe on `rows`, and the probe's history; the best one is kept in the run's folder."""
+    """Predictions of best and last probe on `rows`, and its history; the best one is kept in the run's folder."""
     if run.spec["method"] in END_TO_END:  # its decoder was trained with it
         predicted = predictor(lab, run)(lab.clips(rows)[0])
         return predicted, predicted, []

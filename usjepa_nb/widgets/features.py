@@ -21,7 +21,7 @@ from ..vit import Grid
 from ..weights import read
 
 # Colour scales that do not depend on red and green; both are known to matplotlib and to plotly.
-SCALES = {"similarity": ("PuOr", -1.0, 1.0), "attention": ("cividis", 0.0, None)}
+SCALES = {"similarity": ("PuOr", -1.0, 1.0, "cosine"), "attention": ("cividis", 0.0, None, "share of the attention")}
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Tokens:
 
     def heat(self, method: str, clip: int, kind: str, token: Grid):
         """What `token` has with every token as a heat map under the slices in time; the token is framed."""
-        values, (scale, low, high) = self.values(method, clip, kind, token), SCALES[kind.split()[0]]
+        values, (scale, low, high, unit) = self.values(method, clip, kind, token), SCALES[kind.split()[0]]
         figure, axes = self._panels(2, self.grid[0], clip, width=10)
         for t in range(self.grid[0]):
             self._frame(axes[0, t], clip, t)
@@ -167,7 +167,7 @@ class Tokens:
         for ax in axes[:, token[0]]:
             y, x = token[1] - 0.5, token[2] - 0.5
             ax.add_patch(figures.Rectangle((x, y), 1, 1, fill=False, edgecolor=figures.PALETTE["yellow"], linewidth=2))
-        figure.colorbar(image, ax=axes[1, :], shrink=0.8)
+        figure.colorbar(image, ax=axes[1, :], shrink=0.8, label=unit)
         figure.suptitle(f"{method}, {self.names[clip]}: {dict(map(reversed, self.kinds))[kind]}\n"
                         f"{describe(values, token, kind)}", fontsize=9)
         return figure

@@ -84,7 +84,9 @@ def picture(beats: Beats, video: int, method: str, fraction: int, frame: int, cl
     now = beats.instant(video, frame)
     left.text(0.03, 0.96, now, transform=left.transAxes, color="white", fontsize=16, va="top")
     scores = [metrics.dsc(mask, truth, label) for label in classes if (mask == label).any() or (truth == label).any()]
-    dsc = f"DSC {np.mean(scores):.3f}, {wrong.mean():.1%} of the pixels differ" if scores else "no such class here"
+    dsc = "no such class here"
+    if scores:
+        dsc = f"DSC of this frame {np.mean(scores):.3f}, {wrong.mean():.1%} of its pixels differ"
     dsc = dsc if key in beats.predicted else "this result is not on disk"
     left.set_title(f"{beats.names[video]}, frame {frame + 1} of {last + 1}{now and f' = {now}'}\n{dsc}", fontsize=10)
     _volumes(right, beats, video, key, frame)

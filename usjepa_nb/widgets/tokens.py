@@ -86,7 +86,7 @@ class TokenInspector(ipywidgets.VBox):
         """Show what the controls say."""
         method, clip, kind = (self.controls[name].value for name in ("method", "clip", "show"))
         values, n = self.tokens.values(method, clip, kind, self.token), self.tokens.grid[0]
-        (scale, low, high), (_, dy, dx) = SCALES[kind.split()[0]], self.tokens.tubelet
+        (scale, low, high, unit), (_, dy, dx) = SCALES[kind.split()[0]], self.tokens.tubelet
         high = float(np.nanmax(values, initial=1e-9)) if high is None else high
         t, y, x = self.token
         frame = {"type": "rect", "x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5,
@@ -98,7 +98,8 @@ class TokenInspector(ipywidgets.VBox):
                 self.figure.data[n + k].z = np.where(np.isnan(values[k]), None, values[k])  # JSON knows no nan
             for k, axis in enumerate(self.figure.select_yaxes(), 1):
                 axis.update(scaleanchor=f"x{k}", scaleratio=float(dy * spacing[0] / (dx * spacing[1])))
-            self.figure.layout.coloraxis = {"colorscale": scale, "cmin": low, "cmax": high}
+            self.figure.layout.coloraxis = {"colorscale": scale, "cmin": low, "cmax": high,
+                                            "colorbar": {"title": {"text": unit, "side": "right"}}}
             self.figure.layout.shapes = [frame | {"xref": f"x{k + 1}", "yref": f"y{k + 1}"} for k in (t, n + t)]
         self.message.value = f'<div role="status">{describe(values, self.token, kind)}</div>'
 
