@@ -25,7 +25,7 @@ from usjepa_nb.profile import ROOT, load
 
 BOOK, OUT = ROOT / "book", ROOT / "data_cache" / "book"
 SHOWN = ["CONTRIBUTING.md", "LICENSE", "book/*.md", "results/*.*", "results/*/*.*", "profiles/*.yaml", "grids/*.yaml",
-         "weights/*.md", "weights/*.json", "benchmarks/*.py"]
+         "weights/*.md", "weights/*.json", "benchmarks/*.py", "dependencies/*.md", "tests/faults.py"]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "<p><em>Here something can be moved: open this notebook in JupyterLab (<code>make lab</code>).</em></p>"
 

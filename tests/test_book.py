@@ -33,6 +33,11 @@ def test_the_readme_names_every_notebook():
     assert sorted(set(re.findall(r"\(notebooks/(\w+)\.ipynb\)", readme))) == NOTEBOOKS
 
 
+def test_every_file_that_the_first_page_links_to_is_laid_out(tmp_path):
+    build.gather(tmp_path)
+    text = (tmp_path / "index.md").read_text()
+    linked = {link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link}
+    assert len(linked) > 10 and not [link for link in sorted(linked) if not (tmp_path / link).exists()]
 
 
 def test_plotly_is_drawn_from_the_books_own_file_and_widgets_become_words():
