@@ -89,6 +89,8 @@ def test_lambda_freeze_does_not_paint_a_small_difference_as_a_large_one(scores, 
     table = pd.DataFrame({"freeze": 0, "lam": [1, 0.25], "dsc": scores})
     (image,) = charts.lambda_freeze(table).axes[0].images
     assert image.get_clim() == pytest.approx(limits)
+    low, high = charts.lambda_freeze_interactive(table).layout.yaxis.range
+    assert (low, high) == pytest.approx((limits[0] - 0.0025, limits[1] + 0.0025))
 
 
 def test_lambda_freeze_without_any_number_says_missing():

@@ -7,7 +7,9 @@ from .figures import PALETTE, TOKEN_COLOURS, panels, token_kinds
 LINES = [PALETTE[c] for c in ("blue", "vermillion", "green", "purple", "orange", "sky", "black", "yellow")]
 MARKERS = "osD^vPX*"  # colour is never the only difference
 FROM_ZERO, SHARES = ("std", "rank"), ("position_share",)  # monitors whose zero means something; the latter end at 1
-SPAN = 0.05  # least range of a heat map's colours, in DSC: less must not look like much
+SPAN = 0.05  # least range of Table 1's colours and axis, in DSC: less must not look like much
+PLOTLY = {"template": "plotly_white", "margin": {"t": 20, "b": 20}, "width": 680,  # as wide as a page of the book
+          "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}}
 
 
 def _legend(ax, **how):
@@ -96,7 +98,15 @@ def dsc_vs_fraction_interactive(table, score="dsc"):
     ticks = sorted(table["fraction"].unique())
     figure.update_xaxes(type="log", tickvals=ticks, title="labelled training patients (%)")
     figure.update_yaxes(title=f"{score.upper()} (mean of three classes)")
-    return figure.update_layout(width=850, height=450, template="plotly_white", margin={"t": 20, "b": 20})
+    return figure.update_layout(height=480, **PLOTLY)
+
+
+def _span(values):
+    """Range of the finite values, widened around its middle to `SPAN`."""
+    known = values[~np.isnan(values)]
+    low, high = (known.min(), known.max()) if known.size else (0, 1)
+    more = max(0, SPAN - (high - low)) / 2
+    return low - more, high + more
 
 
 def lambda_freeze(table, score="dsc"):
@@ -111,10 +121,8 @@ def lambda_freeze(table, score="dsc"):
     rows, columns = cells.shape
     figure, axes = panels(1, 1, width=1.5 + 1.1 * columns, ratio=0.2 + 0.5 * rows / columns)
     ax, values = axes[0, 0], cells.to_numpy()
-    known = values[~np.isnan(values)]
-    low, high = (known.min(), known.max()) if known.size else (0, 1)
-    more = max(0, SPAN - (high - low)) / 2
-    image = ax.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=low - more, vmax=high + more)
+    low, high = _span(values)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(values):
         missing = np.isnan(value)
         best = not missing and value == np.nanmax(values[row])
@@ -134,12 +142,14 @@ def lambda_freeze_interactive(table, score="dsc"):
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for i, (freeze, rows) in enumerate(table.groupby(["freeze", "lam"])[score].mean().groupby("freeze")):
+    cells = table.groupby(["freeze", "lam"])[score].mean()
+    for i, (freeze, rows) in enumerate(cells.groupby("freeze")):
         line = {"x": rows.index.get_level_values("lam"), "y": rows.to_numpy(), "name": f"{freeze} blocks frozen"}
         figure.add_scatter(mode="lines+markers", line_color=LINES[i % 8], marker_symbol=i % 8, **line)
     figure.update_xaxes(title="λ (share of the JEPA loss, Eq. 4)", autorange="reversed")
-    figure.update_yaxes(title=score.upper())
-    return figure.update_layout(width=750, height=400, template="plotly_white", margin={"t": 20, "b": 20})
+    low, high = _span(cells.to_numpy())
+    figure.update_yaxes(title=score.upper(), range=(low - SPAN / 20, high + SPAN / 20))
+    return figure.update_layout(height=420, **PLOTLY)
 
 
 def scaling(measured):
