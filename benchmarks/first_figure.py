@@ -11,9 +11,9 @@ import asyncio
 import time
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from usjepa_nb.execute import ROOT
@@ -23,7 +23,7 @@ FIGURES = ("image/png", "image/svg+xml", "application/vnd.plotly.v1+json")
 
 async def seconds(path: Path, profile: str) -> tuple[float, int]:
     """Until the first figure is there, and the number of its code cell (from 1)."""
-    nb = parameterize_notebook(nbformat.read(path, as_version=4), {"profile": profile})
+    nb = parameterize_notebook(load_notebook_node(str(path)), {"profile": profile})
     client = NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     begun, number = time.perf_counter(), 0
     async with client.async_setup_kernel():
