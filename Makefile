@@ -129,7 +129,7 @@ test-notebooks: $(READY)
 	$(BIN)/python -m usjepa_nb.execute "$$notebook" "$(SMOKE)/$${notebook##*/}" --prepare-only \
 	-p profile smoke -p cache "$(CURDIR)/$(SMOKE)/cache" -p seed 0; done; \
 	USJEPA_EXERCISE=1 PYTHONHASHSEED=0 PLOTLY_RENDERER=plotly_mimetype $(ONE_THREAD) \
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope $(SMOKE)
+	PYTHONPATH=tests $(BIN)/python -m pytest -p nbval_again --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -n 2 --dist loadscope $(SMOKE)
 
 # As a learner has it: JupyterLab behind its token, a Chromium (installed where there is none), keys and clicks.
 test-browser: $(READY)

@@ -23,7 +23,7 @@ def _sets(pred, true, label):
 def _counts(pred, true, label):
     """|P and T|, |P|, |T| in pixels."""
     p, t = _sets(pred, true, label)
-    return np.count_nonzero(p & t), np.count_nonzero(p), np.count_nonzero(t)
+    return tuple(int(np.count_nonzero(pixels)) for pixels in (p & t, p, t))
 
 
 def _ratio(part, whole, p, t):
