@@ -228,12 +228,15 @@ class Store(contextlib.AbstractContextManager):
             return self._file[name][start + first:start + (length if last is None else last + 1)]
 
     def _pick(self, name, i, index):
-        """Some frames of a sequence, each read from its place in the file: there is nothing to unpack."""
+        """Some frames of a sequence, read from their places in the file: there is nothing to unpack."""
         picked = np.empty((len(index), self.size, self.size), np.uint8)
         first = self._pixels[name] + int(self._columns["start"][i]) * picked[0].nbytes
+        ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]  # of runs of neighbouring frames
         with self._whole():
-            for frame, k in zip(picked, index.tolist(), strict=True):
-                if os.preadv(self._file.id.get_vfd_handle(), [frame], first + k * frame.nbytes) < frame.nbytes:
+            handle = self._file.id.get_vfd_handle()
+            for begin, end in zip([0, *ends], ends, strict=False):
+                run = picked[begin:end]
+                if os.preadv(handle, [run], first + int(index[begin]) * picked[0].nbytes) < run.nbytes:
                     raise ValueError("pixels are missing")
         return picked
 
@@ -259,4 +262,4 @@ class Store(contextlib.AbstractContextManager):
         """A clip of `frames` frames of sequence `i`, on request without masks; `clip_index` explains the rules."""
         index = clip_index(int(self._columns["length"][i]), frames, rule, step, offset)
         return Clip(self._pick("frames", i, index), self._pick("masks", i, index) if masks else None, index,
-                    len(np.unique(index)))
+                    1 + int(np.count_nonzero(np.diff(index))))
