@@ -253,7 +253,7 @@ def probing(size: str, rounds: int, device: str = "cpu") -> list[dict]:
     cached = features.half()
 
     def learn(features, seen):
-        probe.segmentation_loss(head(features, seen), masks).backward()
+        head.loss(features, seen, masks).backward()
         optimizer.step()
         optimizer.zero_grad()
 

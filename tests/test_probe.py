@@ -165,6 +165,23 @@ def test_unlabelled_pixels_have_no_part_in_the_loss():
     assert (logits.grad[:, :, 1] == 0).all() and (logits.grad[:, :, 0] != 0).all()
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_the_loss_at_the_tokens_is_that_of_all_pixels(patch):
+    generator = Generator().manual_seed(2)
+    head = probe.SegmentationProbe((2, 3, 4), (2, patch, patch), 8, 2, 4)
+    z, seen = torch.randn(3, 24, 8, generator=generator), torch.rand(3, 24, generator=generator) < 0.6
+    assert len(set(seen.sum(1).tolist())) > 1  # some are padded
+    masks = torch.randint(4, (3, 4, 3 * patch, 4 * patch), generator=generator).byte()  # also where nothing was seen
+    masks[0, 1] = masks[2, :, 1] = UNLABELLED
+    both = []
+    for loss in (lambda: probe.segmentation_loss(head(z, seen), masks), lambda: head.loss(z, seen, masks)):
+        head.zero_grad()
+        loss().backward()
+        both.append([loss().detach(), *(q.grad.clone() for q in head.parameters())])
+    assert float(both[0][0]) > 3  # log 4 inside, 20 outside
+    torch.testing.assert_close(both[1], both[0], rtol=1e-5, atol=1e-7)
+
+
 LABELS = st.sampled_from([0, 1, 2, 3])
 
 

@@ -49,6 +49,10 @@ class Supervised(EndToEnd):
     def logits(self, grey: Tensor) -> Tensor:
         return self.probe(*encode(self.encoder, grey, self.p.sector_aware))
 
+    def losses(self, prepared: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        grey, masks = prepared
+        return {"loss": self.probe.loss(*encode(self.encoder, grey, self.p.sector_aware), masks)}
+
 
 class UNet(EndToEnd):
     """MONAI's residual U-Net, frame by frame: what an engineer would try before any pre-training."""

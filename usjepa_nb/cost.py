@@ -204,9 +204,9 @@ def probing(p: Profile, frames: int, width: int, name: str, clips: int) -> Stage
     """A probe on cached features [N, width] of `clips` labelled clips, see `probe.fit`."""
     grid, B = p.grid(frames), p.probe_batch
     x, seen = torch.zeros(B, math.prod(grid), width).half(), torch.ones(B, math.prod(grid), dtype=torch.bool)
-    masks = torch.zeros(B, frames, p.size, p.size)
+    masks = torch.zeros(B, frames, p.size, p.size, dtype=torch.uint8)
     module = fake(lambda: probe.SegmentationProbe(grid, p.tubelet_size, width, p.heads, p.probe_width))
-    c = step(module, lambda: probe.segmentation_loss(module(x, seen).float(), masks), p.precision)
+    c = step(module, lambda: module.loss(x, seen, masks), p.precision)
     steps = max(p.probe_epochs * math.ceil(clips / B), p.probe_min_steps)
     return Stage(name, steps, c.flops, c.state, c.kept)
 

@@ -68,37 +68,53 @@ class SegmentationProbe(nn.Module):
         self.std, self.mean = (v.clone() for v in torch.std_mean(features[seen].float(), 0))
         self.std.clamp_(min=1e-6)
 
-    def forward(self, features: Tensor, seen: Tensor, kept: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`kept`, where it is known: the `rectangle` of `seen`, on its device. Tokens that were not seen do no work."""
-        keep, valid = kept or (v.to(features.device) for v in rectangle(seen.cpu(), "pad", Generator()))
+    def forward(self, features: Tensor, seen: Tensor) -> Tensor:
+        """Logits of every pixel; where no token was seen, background."""
+        return self.on_grid(*self.patches(features, seen))
+
+    def patches(self, features: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the seen tokens alone [B, K, f, f, frames, classes, s, s], and their `rectangle`.
+
+        The two transposed convolutions have kernel = stride, so each is a matrix product, token by token; of a
+        token's patch of f·s pixels they make f × f blocks of s × s.
+        """
+        keep, valid = (v.to(features.device) for v in rectangle(seen.cpu(), "pad", Generator()))
         x = (gather(features, keep).float() - self.mean) / self.std
         kv = self.norm1(x)
         x = x + self.attention(kv + self.query, kv, kv, key_padding_mask=~valid, need_weights=False)[0]
         x = x + self.mlp(self.norm2(x))
-        return self.on_grid(self.decode(x), keep, valid)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Two transposed convolutions, token by token: kernel = stride, so each is a matrix product.
-
-        Tokens [B, K, D] -> logits [B, K, frames, classes, patch, patch] of each token's tubelet.
-        """
         (_, hidden, f, _), s = self.up1.weight.shape, self.up2.stride[0]
         x = F.linear(x, self.up1.weight.permute(2, 3, 1, 0).flatten(0, 2), self.up1.bias.repeat(f * f))
         x = F.gelu(x).unflatten(-1, (f, f, hidden))
         x = F.linear(x, self.up2.weight.flatten(1).T, self.up2.bias.repeat_interleave(s * s))
-        x = x.unflatten(-1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3, 6)  # B, K, frame · class, (f, s), (f, s)
-        return x.reshape(*x.shape[:2], self.tubelet[0], CLASSES, f * s, f * s)
+        return x.unflatten(-1, (self.tubelet[0], CLASSES, s, s)), keep, valid
 
     def on_grid(self, patches: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-        """Logits of the tokens `keep` [B, K, …] -> [B, classes, T, H, W]; tokens that were left out are background."""
+        """Logits of the tokens `keep`, see `patches` -> [B, classes, T, H, W]."""
+        (t, y, x), (n, p, _), (B, _, *each) = self.grid, self.tubelet, patches.shape
         background = patches.new_full((CLASSES, 1, 1), OUTSIDE)
         background[0] = 0
-        (t, y, x), B, each = self.grid, len(keep), patches.shape[2:]
         full = background.expand(B, t * y * x, *each).contiguous()
-        known = valid.view(*valid.shape, 1, 1, 1, 1)  # padding points at tokens that were left out
-        full.scatter_(1, keep.view(*keep.shape, 1, 1, 1, 1).expand_as(patches), torch.where(known, patches, background))
-        full = full.view(B, t, y, x, *each).permute(0, 5, 1, 4, 2, 6, 3, 7)  # B, class, (t, frame), (y, row), (x, col)
-        return full.reshape(B, CLASSES, t * each[0], y * each[2], x * each[3])
+        known = valid.view(*valid.shape, *[1] * len(each))  # padding points at tokens that were left out
+        full.scatter_(1, keep.view(known.shape).expand_as(patches), torch.where(known, patches, background))
+        full = full.view(B, t, y, x, *each).permute(0, 7, 1, 6, 2, 4, 8, 3, 5, 9)
+        return full.reshape(B, CLASSES, t * n, y * p, x * p)  # (t, frame), (y, f, s), (x, f, s)
+
+    def loss(self, features: Tensor, seen: Tensor, masks: Tensor) -> Tensor:
+        """`segmentation_loss` of `forward`, with the same gradients and fewer copies: the labels go to the tokens.
+
+        Args:
+            masks: uint8 [B, T, H, W].
+        """
+        patches, keep, valid = self.patches(features, seen)
+        (t, y, x), (_, _, f, _, n, _, s, _) = self.grid, patches.shape
+        labels = masks.view(-1, t, n, y, f, s, x, f, s).permute(0, 1, 3, 6, 4, 7, 2, 5, 8).flatten(4).flatten(1, 3)
+        known, outside = labels != UNLABELLED, ~seen.to(labels.device)[..., None]
+        missed = ((labels != 0) & known & outside).sum()  # labels outside the sector, at `on_grid`'s fixed logits
+        labels = gather(labels, keep).masked_fill(~valid[..., None], UNLABELLED).flatten(0, 1).long()
+        logits = patches.flatten(0, 1).movedim(4, 1).flatten(2)  # [tokens, classes, pixels of the tubelet]
+        inside = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+        return (inside - OUTSIDE * missed) / known.sum()
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -208,8 +224,7 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
             order = torch.from_numpy(train)[torch.randperm(len(train), generator=generator)]
         index, order = order[:p.probe_batch], order[p.probe_batch:]
         with autocast(p.precision, device):
-            logits = probe(cache.features[index].to(device), cache.seen[index])
-        loss = segmentation_loss(logits.float(), masks[index].to(device))
+            loss = probe.loss(cache.features[index].to(device), cache.seen[index], masks[index].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
