@@ -2,6 +2,7 @@
 
     python benchmarks/recipe.py tune  [--data CAMUS] [--seeds 0 1 2] [--only NAME ...]  one change at a time
     python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4]                the frozen recipe, once
+    python benchmarks/recipe.py follow [--data CAMUS] [--seeds 0 1 2]                   does LL guard good weights?
     python benchmarks/recipe.py report                                                  results/recipe.md
 
 Tuning sees training patients only: a fifth of them is held out as an inner fold. Judging trains on the training
@@ -10,13 +11,16 @@ official validation patients. Every run lies in the cache under its hash, so a s
 """
 import argparse
 import json
+import tempfile
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from usjepa_nb import metrics
+from usjepa_nb import metrics, probe
 from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
 
@@ -183,6 +187,45 @@ def tune(data, seeds, only):
             write_text(out, json.dumps([*rows, row], indent=1))
 
 
+# Where adapting does harm: a tenth of the clips, one learning rate for all. (λ, frozen blocks of 4), and when to look.
+FOLLOWED = [(1.0, 0), (1.0, 2), (1.0, 3), (0.9, 0), (0.25, 0), (0.25, 2), (0.25, 3)]
+FOLLOW = SIZE | UNIFORM | {"steps": 800, "log_every": 100}
+LOOKS = (0, 100, 200, 400, 800)
+
+
+def score_now(lab, encoder) -> float:
+    """Mean DSC on the inner fold of a probe that learns from 10 % of the labels, whatever state the encoder is in."""
+    p, train, val = lab.profile, lab.labelled(10), lab.store.rows("val", labelled=True)
+    grey, masks = lab.clips(np.concatenate([train, val]))
+    with tempfile.TemporaryDirectory() as folder:
+        cache = probe.Cache.write(Path(folder) / "features.h5", encoder, grey, p.sector_aware, lab.device)
+    fitted = probe.fit(cache, torch.from_numpy(masks), np.arange(len(train)), np.arange(len(train), len(grey)),
+                       p.grid(lab.frames), p, seed=lab.seed, device=lab.device)
+    return fitted["history"][-1]["val_dsc"]
+
+
+def follow(data, seeds, only):
+    out = RESULTS / f"recipe_follow_{'real' if data else 'phantom'}.json"
+    for seed in seeds:
+        for lam, freeze in FOLLOWED:
+            lab = FewClips("tiny", data, seed=seed, **FOLLOW)
+            key = {"lam": lam, "freeze": freeze, "seed": seed}
+            rows = json.loads(out.read_text()) if out.exists() else []
+            looked = {row["step"] for row in rows if key.items() <= row.items()}
+            if LOOKS[-1] in looked:
+                continue
+            good = lab.encoder("videomae")
+            for run in chain([good], lab.training("vjepa" if lam == 1 else "vjepa_ll", lam, freeze)):
+                step = 0 if run is good else len(run.history)
+                if step not in LOOKS or step in looked:
+                    continue
+                looked.add(step)
+                row = key | {"step": step, "dsc": score_now(lab, run.encoder)}
+                print(row, flush=True)
+                rows = json.loads(out.read_text()) if out.exists() else []  # others may have written meanwhile
+                write_text(out, json.dumps([*rows, row], indent=1))
+
+
 # The frozen recipe: VideoMAE from the shipped weights, then V-JEPA, both on the training patients of the data judged.
 RECIPE = SIZE | ADAPTED | {"supervised_lr": 2e-3, "finetune_lr": 2e-3}
 # method -> what `segmentation` takes, and the settings that differ
@@ -233,6 +276,10 @@ def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(holm=metrics.holm(table.wilcoxon_p)) if len(table) else table
 
 
+def spread(v: pd.Series) -> str:
+    return f"{v.mean():.3f} ({v.min():.3f}–{v.max():.3f}, {len(v)})"
+
+
 def report():
     parts = []
     for data in ("phantom", "real"):
@@ -249,11 +296,16 @@ def report():
                                   "JEPA loss / zero": g.jepa.mean() / g.zero.mean(), "rank": g["rank"].mean(),
                                   "position share": g.position_share.mean()})
             parts += [f"### Tuning: {where}\n", shown.to_markdown(floatfmt=".3f", missingval="–"), ""]
+        if (followed := RESULTS / f"recipe_follow_{data}.json").exists():
+            t = pd.DataFrame(json.loads(followed.read_text()))
+            cells = t.groupby(["lam", "freeze", "step"]).dsc.agg(spread).unstack().sort_index(ascending=[False, True])
+            parts += [f"### Adapting to a tenth of the clips, followed: {where}\n",
+                      "Mean DSC with 10 % of the labels on the inner fold (lowest and highest seed, seeds) after so many\n"
+                      "steps; rows: λ, frozen blocks of 4.\n", cells.to_markdown(), ""]
         if judged.exists():
             rows = pd.read_csv(judged)
             per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
-            cells = per_seed.groupby(["method", "fraction"]).agg(
-                lambda v: f"{v.mean():.3f} ({v.min():.3f}–{v.max():.3f}, {len(v)})").unstack()
+            cells = per_seed.groupby(["method", "fraction"]).agg(spread).unstack()
             parts += [f"### Judged once: {where}, {rows.patient.nunique()} patients\n",
                       "Mean DSC over patients and seeds (lowest and highest seed, seeds), columns: % of labels.\n",
                       cells.loc[[m for m in JUDGED if m in cells.index]].to_markdown(), ""]
@@ -270,7 +322,7 @@ def report():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "judge", "report"))
+    parser.add_argument("what", choices=("tune", "follow", "judge", "report"))
     parser.add_argument("--data", default="", help="a CAMUS folder; without it the phantom")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="names of variants or methods")
@@ -278,7 +330,7 @@ def main():
     if a.what == "report":
         report()
     else:
-        {"tune": tune, "judge": judge}[a.what](a.data, a.seeds, a.only)
+        {"tune": tune, "follow": follow, "judge": judge}[a.what](a.data, a.seeds, a.only)
 
 
 if __name__ == "__main__":
