@@ -300,8 +300,8 @@ def report():
             t = pd.DataFrame(json.loads(followed.read_text()))
             cells = t.groupby(["lam", "freeze", "step"]).dsc.agg(spread).unstack().sort_index(ascending=[False, True])
             parts += [f"### Adapting to a tenth of the clips, followed: {where}\n",
-                      "Mean DSC with 10 % of the labels on the inner fold (lowest and highest seed, seeds) after so many\n"
-                      "steps; rows: λ, frozen blocks of 4.\n", cells.to_markdown(), ""]
+                      "Mean DSC with 10 % of the labels on the inner fold (lowest and highest seed, seeds) after so\n"
+                      "many steps; rows: λ, frozen blocks of 4.\n", cells.to_markdown(), ""]
         if judged.exists():
             rows = pd.read_csv(judged)
             per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
