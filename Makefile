@@ -112,7 +112,7 @@ results: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python results/publish.py "$$PROFILE"
 
 weights: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python weights/publish.py
+	@OMP_NUM_THREADS=1 $(BIN)/python weights/publish.py "$$PROFILE"
 
 lab: $(READY)
 	@$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

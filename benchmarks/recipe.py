@@ -1,7 +1,7 @@
 """What makes V-JEPA work at teaching scale, and whether it then beats its controls. Tables: `results/recipe.md`.
 
     python benchmarks/recipe.py tune  [--data CAMUS] [--seeds 0 1 2] [--only NAME ...]  one change at a time
-    python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4]                the frozen recipe, once
+    python benchmarks/recipe.py judge [--data CAMUS] [--seeds 0 1 2 3 4] [--size ti]    the frozen recipe, once
     python benchmarks/recipe.py follow [--data CAMUS] [--seeds 0 1 2]                   does LL guard good weights?
     python benchmarks/recipe.py report                                                  results/recipe.md
 
@@ -12,7 +12,7 @@ official validation patients. Every run lies in the cache under its hash, so a s
 import argparse
 import json
 import tempfile
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -228,21 +228,27 @@ def follow(data, seeds, only):
 
 # The frozen recipe: VideoMAE from the shipped weights, then V-JEPA, both on the training patients of the data judged.
 RECIPE = SIZE | ADAPTED | {"supervised_lr": 2e-3, "finetune_lr": 2e-3}
+# The same with a ViT-Tiny, `--size ti`. What learns from labels is not tuned at this size, and not judged.
+SIZES = {"": {}, "ti": {"width": 192, "depth": 12, "heads": 3, "predictor_depth": 4, "predictor_heads": 3,
+                        "decoder_heads": 3, "videomae_lr": 5e-4, "precision": "bf16-mixed",
+                        "init_videomae": "weights/videomae-phantom-ti.pt"}}
 # method -> what `segmentation` takes, and the settings that differ
 JUDGED = {"prior": ({}, {}), "random": ({}, {}), "videomae": ({}, {}), "vjepa": ({}, {}),
           "vjepa_ll": ({"lam": 0.25}, {}), "vjepa_ll 0.9": ({"lam": 0.9}, {}),
-          "initial": ({}, {"init": "weights/vjepa-phantom.pt"}),
+          "initial": ({}, {"init": "weights/vjepa-phantom{}.pt"}),
           "finetuned": ({}, {}), "supervised": ({}, {}), "unet": ({}, {})}
 FRACTIONS = (10, 20, 50, 100)
 
 
-def judge(data, seeds, only):
-    out = RESULTS / f"recipe_judge_{'real' if data else 'phantom'}.csv"
+def judge(data, seeds, only, size):
+    suffix = f"-{size}" if size else ""
+    out = RESULTS / f"recipe_judge_{'real' if data else 'phantom'}{suffix}.csv"
     rows = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["method", "seed", "fraction", "patient", "dsc"])
     for seed in seeds:
         for name in only or JUDGED:
             what, changes = JUDGED[name]
-            lab = Judged("tiny", data, seed=seed, **RECIPE | changes)
+            changes = {k: v.format(suffix) for k, v in changes.items()}
+            lab = Judged("tiny", data, seed=seed, **RECIPE | SIZES[size] | changes)
             for fraction in FRACTIONS:
                 if ((rows.method == name) & (rows.seed == seed) & (rows.fraction == fraction)).any():
                     continue
@@ -283,7 +289,7 @@ def spread(v: pd.Series) -> str:
 def report():
     parts = []
     for data in ("phantom", "real"):
-        tuned, judged = RESULTS / f"recipe_tune_{data}.json", RESULTS / f"recipe_judge_{data}.csv"
+        tuned = RESULTS / f"recipe_tune_{data}.json"
         where = {"phantom": "phantom (video)", "real": "real frames (ED/ES only)"}[data]
         if tuned.exists():
             t = pd.DataFrame(json.loads(tuned.read_text()))
@@ -302,11 +308,11 @@ def report():
             parts += [f"### Adapting to a tenth of the clips, followed: {where}\n",
                       "Mean DSC with 10 % of the labels on the inner fold (lowest and highest seed, seeds) after so\n"
                       "many steps; rows: λ, frozen blocks of 4.\n", cells.to_markdown(), ""]
-        if judged.exists():
-            rows = pd.read_csv(judged)
+        for judged in [f for f in (RESULTS / f"recipe_judge_{data}{s}.csv" for s in ("", "-ti")) if f.exists()]:
+            rows, network = pd.read_csv(judged), ", ViT-Tiny" if judged.stem.endswith("-ti") else ""
             per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
             cells = per_seed.groupby(["method", "fraction"]).agg(spread).unstack()
-            parts += [f"### Judged once: {where}, {rows.patient.nunique()} patients\n",
+            parts += [f"### Judged once: {where}, {rows.patient.nunique()} patients{network}\n",
                       "Mean DSC over patients and seeds (lowest and highest seed, seeds), columns: % of labels.\n",
                       cells.loc[[m for m in JUDGED if m in cells.index]].to_markdown(), ""]
             table = comparisons(rows)
@@ -326,11 +332,12 @@ def main():
     parser.add_argument("--data", default="", help="a CAMUS folder; without it the phantom")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="names of variants or methods")
+    parser.add_argument("--size", choices=[*SIZES], default="", help="of the network that is judged (tiny's)")
     a = parser.parse_args()
     if a.what == "report":
         report()
     else:
-        {"tune": tune, "follow": follow, "judge": judge}[a.what](a.data, a.seeds, a.only)
+        {"tune": tune, "follow": follow, "judge": partial(judge, size=a.size)}[a.what](a.data, a.seeds, a.only)
 
 
 if __name__ == "__main__":

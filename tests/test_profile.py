@@ -29,8 +29,8 @@ def written(tmp_path):
 
 # --- what is shipped
 
-def test_the_five_profiles_are_shipped():
-    assert SHIPPED == ["paper", "small", "smoke", "tiny", "weights"]
+def test_the_six_profiles_are_shipped():
+    assert SHIPPED == ["paper", "small", "smoke", "tiny", "weights", "weights_ti"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,4 +1,4 @@
-"""Pre-train and write the weights that this repository ships: `make weights`.
+"""Pre-train and write the weights that this repository ships: `make weights`, with PROFILE=weights_ti the larger pair.
 
 VideoMAE from random weights, then V-JEPA from those (profile `weights`), on synthetic patients only. The files have the
 layouts of the published checkpoints (half precision), so that the same loader reads both.
@@ -45,14 +45,15 @@ def published(objective: torch.nn.Module) -> dict:
 
 
 def main(profile: str = "weights") -> None:
-    lab = Lab(profile)
+    profile = profile if profile.startswith("weights") else "weights"  # `make` passes tiny where nothing is asked for
+    lab, suffix = Lab(profile), profile.removeprefix("weights").replace("_", "-")
     for method in ("videomae", "vjepa"):
         run = lab.encoder(method)
-        path = HERE / f"{method}-phantom.pt"
+        path = HERE / f"{method}-phantom{suffix}.pt"
         save(path, published(run.objective))
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
     about = {"profile": lab.profile.name, "data": lab.data_name, "data_hash": lab.store.data_hash, "seed": lab.seed}
-    (HERE / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    (HERE / f"about{suffix}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
