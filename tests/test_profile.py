@@ -183,7 +183,7 @@ def test_no_content_of_a_file_raises_anything_else(tmp_path_factory, content):
 
 def test_an_unknown_profile_names_those_there_are():
     with pytest.raises(ProfileError, match=r"big.yaml: no such profile; choose one of paper, small, smoke, tiny, "
-                       "weights, or"):
+                       "weights, weights_ti, or"):
         load("big")
     with pytest.raises(ProfileError, match=r"no such profile"):
         load(str(Path("nowhere") / "own.yaml"))

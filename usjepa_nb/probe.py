@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from usjepa_nb.augment import standardise
 from usjepa_nb.camus import LABELS, UNLABELLED
 from usjepa_nb.masking import rectangle, sector_tokens
+from usjepa_nb.parts import require_space
 from usjepa_nb.profile import Profile
-from usjepa_nb.store import require_space
 from usjepa_nb.vit import Encoder, Grid, gather
 
 CLASSES = len(LABELS)

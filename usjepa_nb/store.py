@@ -13,6 +13,7 @@ import os
 import shutil
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -22,7 +23,6 @@ from filelock import FileLock
 from usjepa_nb import camus, parts
 from usjepa_nb.camus import CamusError
 from usjepa_nb.clips import Clip, clip_index
-from usjepa_nb.parts import require_space
 
 __all__ = ["Clip", "Report", "Store", "clip_index", "convert"]
 
@@ -120,7 +120,7 @@ def _load(store, i, what):
 
 def _write(path, sources, rows, attrs):
     shape = (rows[-1]["start"] + rows[-1]["length"], attrs["size"], attrs["size"])
-    require_space(path.parent, 2 * math.prod(shape) + 32_000 * len(rows))
+    parts.require_space(path.parent, 2 * math.prod(shape) + 32_000 * len(rows))
     try:
         with h5py.File(path, "w") as file:
             file.attrs.update(attrs)
@@ -229,15 +229,13 @@ class Store(contextlib.AbstractContextManager):
 
     def _pick(self, name, i, index):
         """Some frames of a sequence, read from their places in the file: there is nothing to unpack."""
-        picked = np.empty((len(index), self.size, self.size), np.uint8)
-        first = self._pixels[name] + int(self._columns["start"][i]) * picked[0].nbytes
-        ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]  # of runs of neighbouring frames
+        picked, frame = np.empty((len(index), self.size, self.size), np.uint8), self.size**2
+        at = (index + int(self._columns["start"][i])) * frame + self._pixels[name]  # bytes
+        cuts = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]  # runs of neighbouring frames
         with self._whole():
             handle = self._file.id.get_vfd_handle()
-            for begin, end in zip([0, *ends], ends, strict=False):
-                run = picked[begin:end]
-                if os.preadv(handle, [run], first + int(index[begin]) * picked[0].nbytes) < run.nbytes:
-                    raise ValueError("pixels are missing")
+            if any(os.preadv(handle, [picked[a:b]], int(at[a])) < (b - a) * frame for a, b in pairwise(cuts)):
+                raise ValueError("pixels are missing")
         return picked
 
     def frames(self, i) -> np.ndarray:

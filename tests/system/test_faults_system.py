@@ -108,7 +108,7 @@ def test_a_disk_that_fills_while_hdf5_writes_costs_no_older_file(tree, tmp_path)
 older = (disk / "data.h5").read_bytes()
 child = os.fork()
 if not child:
-    store.require_space = lambda *_: fill(leave=100_000)
+    store.parts.require_space = lambda *_: fill(leave=100_000)
     os._exit(attempt(work) == "it worked")
 died = os.waitpid(child, 0)[1]
 whole = (disk / "data.h5").read_bytes() == older
