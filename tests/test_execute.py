@@ -1,15 +1,17 @@
 """execute.py: parameters are checked, failures are loud and kept, outputs are whole and clean."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from queue import Empty
 
 import nbformat
 import pytest
 from conftest import ROOT
 
-from usjepa_nb import execute
+from usjepa_nb import execute, kernel
 
 PARAMETERS = ('profile = "tiny"\nseed = 0  # any\nlr = 0.1  # per step\naugment = True\nlimit = None', "parameters")
 
@@ -136,6 +138,50 @@ def test_an_error_inside_a_widget_callback_fails_the_run(saved):
     done, out = run(source)
     assert done.returncode == 1 and not out.exists()
     assert "a widget callback raised ValueError: boom" in done.stderr
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_a_reply_whose_notification_was_lost_is_found(monkeypatch, timeout):
+    """The socket has a message, but the wait that was on when it came is not woken."""
+    waits = []
+
+    class Socket:
+        async def poll(self, milliseconds):
+            waits.append(milliseconds)
+            if len(waits) > 1:
+                return 1
+            await asyncio.sleep(3600 if milliseconds is None else milliseconds / 1000)
+            return 0
+
+    async def reply(self):
+        return {"content": "there"}
+
+    monkeypatch.setattr(kernel, "LOOK", 0.05)
+    monkeypatch.setattr(kernel.PatientChannel, "_recv", reply)
+    channel = object.__new__(kernel.PatientChannel)
+    channel.socket = Socket()
+    assert asyncio.run(asyncio.wait_for(channel.get_msg(timeout), 10)) == {"content": "there"}
+
+
+def test_a_wait_that_is_over_says_so(monkeypatch):
+    class Socket:
+        async def poll(self, milliseconds):
+            await asyncio.sleep(milliseconds / 1000)
+            return 0
+
+    monkeypatch.setattr(kernel, "LOOK", 0.05)
+    channel = object.__new__(kernel.PatientChannel)
+    channel.socket = Socket()
+    with pytest.raises(Empty):
+        asyncio.run(channel.get_msg(0.2))
+
+
+def test_notebooks_are_executed_by_such_a_client(saved, monkeypatch, tmp_path):
+    clients, begin = [], kernel.PatientClient.start_channels
+    monkeypatch.setattr(kernel.PatientClient, "start_channels",
+                        lambda self, *a, **k: (clients.append(self), begin(self, *a, **k))[1])
+    execute.execute(saved("6 * 7"), tmp_path / "out.ipynb", {})
+    assert clients and isinstance(clients[0].shell_channel, kernel.PatientChannel)
 
 
 def test_prepare_only_runs_nothing_and_keeps_what_nbval_compares(saved):

@@ -125,7 +125,7 @@ def test_a_package_that_says_nothing_of_its_licence_is_found(tmp_path, monkeypat
 def test_every_import_is_declared():
     """A package that only comes along with another may go again."""
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-    jupyter = {"nbformat", "nbclient", "traitlets", "IPython"}  # come with jupyterlab, are part of its interface
+    jupyter = {"nbformat", "nbclient", "jupyter_client", "traitlets", "IPython"}  # come with jupyterlab
     declared = names(PROJECT["dependencies"])
     for path in (ROOT / "usjepa_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -33,6 +33,8 @@ from nbformat.reader import NotJSONError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from usjepa_nb.kernel import PatientClient
+
 ROOT = Path(__file__).resolve().parents[1]
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -112,7 +114,8 @@ def execute(notebook: Path, out: Path, parameters: dict, prepare_only: bool = Fa
     try:
         nb = papermill.execute_notebook(
             notebook, partial, parameters, prepare_only=prepare_only, kernel_name="python3", cwd=ROOT,
-            progress_bar=False, config=Config(KernelManager={"transport_encryption": "auto"}),
+            progress_bar=False, config=Config(KernelManager={"transport_encryption": "auto",
+                                                             "client_factory": PatientClient}),
         )
         errors = hidden_errors(nb)
         reason = f"a widget callback raised {errors[0]}" if errors else None
