@@ -83,7 +83,7 @@ MATRIX = {
     "kill -9 while features are written": f"{R}::test_killed_while_features_are_written_it_ends_the_same",
     "kill -9 during a papermill run": f"{R}::test_a_killed_notebook_goes_on_and_ends_the_same",
     "kernel dies": f"{R}::test_a_kernel_that_dies_is_told_in_one_sentence",
-    "kernel's reply comes unnoticed": "test_execute.py::test_a_reply_whose_notification_was_lost_is_found[None]",
+    "kernel's reply comes unnoticed": "test_execute.py::test_a_reply_whose_notification_was_lost_is_found",
     "worker dies": f"{STORE}::test_a_dead_worker_is_told",
     # files of our own
     "HDF5 cut short": f"{STORE}::test_a_file_cut_short_is_refused_and_made_again",
