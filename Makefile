@@ -14,7 +14,7 @@
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
 #   make bench               ratios of speed, also as data_cache/bench.json (about 15 minutes)
 #   make fuzz                the readers on damaged files, SECONDS=30 for each
-#   make load                30 readers of one file while it is converted, and 10,000 sequences in constant memory
+#   make load                30 readers of one file while it is converted, and the memory that 10,000 sequences take
 #   make lock, make licences the versions of all packages with their hashes; their licences
 #   make lint                ruff
 #   make clean               caches of tools; `make clean-all` also .venv and everything in data_cache
@@ -64,7 +64,7 @@ setup: $(READY)
 $(READY): pyproject.toml requirements.lock constraints.txt
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Setting up .venv (2 GB, about 5 minutes, once) ..."
+	@echo "Setting up .venv (2.7 GB, about 5 minutes, once) ..."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
 	@$(PIP) install --require-hashes --no-deps -r requirements.lock
 	@case "$(TORCH)-$$(uname)" in gpu-*) ;; \

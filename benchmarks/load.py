@@ -32,6 +32,7 @@ from usjepa_nb.images import save_nifti
 from usjepa_nb.phantom import write_text
 from usjepa_nb.splits import PARTS
 from usjepa_nb.store import Store, convert
+from usjepa_nb.tables import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 THINK = 0.02  # s between two positions of a slider
@@ -246,7 +247,8 @@ def main() -> None:
         print(grows.to_string(index=False, float_format="%.2f"))
     wrong = int(reads["wrong or failed"].sum())
     text = (f"# Load\n\n`python benchmarks/load.py --clients {a.clients} --seconds {a.seconds:g} "
-            f"--sequences {a.sequences}` on {machine()}. What is measured, and how, says `benchmarks/load.py`.\n\n"
+            f"--sequences {a.sequences}` on {machine()}, commit {commit()}. "
+            "What is measured, and how, says `benchmarks/load.py`.\n\n"
             f"## {a.clients} processes read one file\n\n{reads.to_markdown(index=False, floatfmt='.2f')}\n\n"
             f"{reads['reads'].sum()} reads, every pixel checked, {wrong} wrong or failed.\n\n"
             f"## Highest memory of a process\n\n{grows.to_markdown(index=False, floatfmt='.2f')}\n\n"

@@ -1,9 +1,11 @@
 """After a `make run` on the phantom: refresh what the repository shows of it. `make results` calls this.
 
 Copies the result tables to results/<profile>/, draws the overlay of the README, and executes the committed notebooks in
-place (their runs are on disk, so this takes minutes). Real data never comes here: there is no parameter for it.
+place (their runs are on disk, so this takes minutes). Real data never comes here: there is no parameter for it, and
+a table of other data is refused.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -36,9 +38,11 @@ def overlay(lab: Lab):
 
 def main(profile: str = "tiny") -> None:
     lab = Lab(profile)
-    folder = ROOT / "results" / lab.profile.name
+    folder, walk = ROOT / "results" / lab.profile.name, lab.cache / "runs" / lab.profile.name / "summary.json"
+    if (data := json.loads(walk.read_text())["data"]) != lab.data_name:
+        sys.exit(f"{walk} is a table of {data}: run `make run` without DATA, then this again")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(lab.cache / "runs" / lab.profile.name / "summary.json", folder)
+    shutil.copy(walk, folder)
     if (whole := lab.results("paper") / "summary.json").exists():  # of `make table1` and `make table2`
         shutil.copy(whole, folder / "tables.json")
     (folder / "overlay.png").write_bytes(figures.png(overlay(lab)))

@@ -47,12 +47,15 @@ def published(objective: torch.nn.Module) -> dict:
 def main(profile: str = "weights") -> None:
     profile = profile if profile.startswith("weights") else "weights"  # `make` passes tiny where nothing is asked for
     lab, suffix = Lab(profile), profile.removeprefix("weights").replace("_", "-")
+    seconds = {}
     for method in ("videomae", "vjepa"):
         run = lab.encoder(method)
+        seconds[method] = round(json.loads((run.folder / "run.json").read_text())["seconds"])
         path = HERE / f"{method}-phantom{suffix}.pt"
         save(path, published(run.objective))
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
-    about = {"profile": lab.profile.name, "data": lab.data_name, "data_hash": lab.store.data_hash, "seed": lab.seed}
+    about = {"profile": lab.profile.name, "data": lab.data_name, "data_hash": lab.store.data_hash, "seed": lab.seed,
+             "seconds": seconds}
     (HERE / f"about{suffix}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
