@@ -102,8 +102,8 @@ def test_ef_agreement_prints_bias_and_limits():
     reference = np.array([30, 40, 50, 60, np.nan, 55])
     predicted = np.array([32, 41, 53, 62, 50, np.nan])  # differences 2, 1, 3, 2: mean 2, SD (2/3)^.5
     left, right = is_drawn(charts.ef_agreement(reference, predicted)).axes
-    assert left.get_title().startswith("n = 4, r = 1.00, error 2.0 %")
-    assert right.get_title() == "bias +2.0, limits +0.4 to +3.6 %"
+    assert left.get_title().startswith("n = 4, r = 1.00, error 2.0 points")
+    assert right.get_title() == "bias +2.0, limits +0.4 to +3.6 points"
     points = right.collections[0].get_offsets()
     assert list(points[0]) == [31, 2]
 

@@ -1,6 +1,7 @@
 """Curves, tables and agreement: figures of numbers (those of clips are in `figures`); nothing is shown."""
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from .figures import PALETTE, TOKEN_COLOURS, panels, token_kinds
 
@@ -168,6 +169,8 @@ def scaling(measured):
         ax.loglog(at, [r["floor, s"] for r in some], "--", color=LINES[1], label="floor: FLOPs / matrix rate")
         ax.set_xticks(at, [f"{v:g}" for v in at])
         ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
         _label(ax, words.get(kind, kind), "s a step")
     _legend(axes[0])
     runs, several = measured["runs"], measured["processes"]
@@ -180,11 +183,11 @@ def scaling(measured):
     return figure
 
 
-def ef_agreement(reference, predicted):
-    """Ejection fractions in %, [n] each: predicted against reference, and Bland-Altman.
+def ef_agreement(reference, predicted, names=("reference", "predicted")):
+    """Ejection fractions in %, [n] each, of what `names` says: predicted against reference, and Bland-Altman.
 
     Printed: n (pairs with a nan are left out), Pearson's r, mean absolute error, bias (predicted - reference)
-    and the 95 % limits of agreement, bias ± 1.96 SD.
+    and the 95 % limits of agreement, bias ± 1.96 SD, in points of EF.
     """
     both = np.stack([reference, predicted]).astype(float)
     x, y = both[:, ~np.isnan(both).any(0)]
@@ -197,12 +200,12 @@ def ef_agreement(reference, predicted):
     left.scatter(x, y, s=14, color=PALETTE["blue"])
     ends = (both.min(initial=100, where=~np.isnan(both)) - 3, both.max(initial=0, where=~np.isnan(both)) + 3)
     left.plot(ends, ends, color="gray", linewidth=1)
-    _label(left, "reference EF (%)", "predicted EF (%)", f"n = {x.size}, r = {r:.2f}, error {error:.1f} %")
+    _label(left, *(f"EF, {name} (%)" for name in names), f"n = {x.size}, r = {r:.2f}, error {error:.1f} points")
     right.scatter((x + y) / 2, difference, s=14, color=PALETTE["blue"])
     for level, style in ((bias, "-"), (bias - limit, "--"), (bias + limit, "--")):
         right.axhline(level, color=PALETTE["vermillion"], linestyle=style, linewidth=1)
-    title = f"bias {bias:+.1f}, limits {bias - limit:+.1f} to {bias + limit:+.1f} %"
-    _label(right, "mean of both (%)", "predicted - reference (%)", title)
+    title = f"bias {bias:+.1f}, limits {bias - limit:+.1f} to {bias + limit:+.1f} points"
+    _label(right, "mean of both (%)", f"{names[1]} - {names[0]} (points)", title)
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from .camus import LABELS, UNLABELLED
@@ -25,6 +26,7 @@ CLASS_COLOURS = {1: PALETTE["green"], 2: PALETTE["vermillion"], 3: PALETTE["sky"
 TOKEN_COLOURS = {
     "visible": PALETTE["sky"], "hidden": PALETTE["orange"], "outside": PALETTE["black"], "unused": "#777777",
 }  # fmt: skip
+DARK_EDGE = [withStroke(linewidth=2.6, foreground="black")]  # makes white lines visible on white
 ERROR_COLOURS = {"missed": PALETTE["sky"], "added": PALETTE["orange"], "wrong class": PALETTE["purple"]}
 
 
@@ -72,16 +74,28 @@ def _paint(ax, classes, colours, opacity):
     ax.imshow(rgba, extent=extent, aspect=ax.get_aspect(), interpolation="nearest")
 
 
-def _outline(ax, mask, style="solid", width=1.2):
+def _outline(ax, mask, width=1.2):
     for label in sorted(CLASS_COLOURS, reverse=True):  # the cavity last: its border is also the myocardium's
         if (mask == label).any():
-            ax.contour(mask == label, [0.5], colors=CLASS_COLOURS[label], linewidths=width, linestyles=style)
+            ax.contour(mask == label, [0.5], colors=CLASS_COLOURS[label], linewidths=width)
 
 
-def _legend(figure, colours, names=None, extra=()):
+def draw_reference(ax, mask):
+    """The outline of a reference, in white dashes over whatever is there."""
+    for labels in ((1,), (1, 2), (3,)):  # the ring's inner border is the cavity's
+        if (inside := np.isin(mask, labels)).any():
+            ax.contour(inside, [0.5], colors="white", linewidths=1.3, linestyles="--").set_path_effects(DARK_EDGE)
+
+
+def reference_line(label="reference"):
+    """Its line in a legend."""
+    return Line2D([], [], color="white", linestyle="dashed", path_effects=DARK_EDGE, label=label)
+
+
+def _legend(figure, colours, names=None, lines=()):
     names = names or {}
     handles = [Patch(fc=colour, ec="gray", label=names.get(key, key)) for key, colour in colours.items()]
-    handles += [Line2D([], [], color="gray", linestyle=style, label=label) for label, style in extra]
+    handles += lines
     columns = min(len(handles), int(figure.get_figwidth() / 1.6))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
@@ -111,7 +125,7 @@ def overlay(frame, mask, reference=None, spacing=(1, 1), opacity=0.35, title=Non
     """One frame [H, W], its mask filled and outlined; a reference mask is outlined in dashes over it."""
     figure, axes = panels(1, 1, width=4.5, ratio=_ratio(frame, spacing), extra=0.6)
     draw_overlay(axes[0, 0], frame, mask, reference, spacing, opacity, title)
-    _legend(figure, CLASS_COLOURS, LABELS, () if reference is None else [("reference", "dashed")])
+    _legend(figure, CLASS_COLOURS, LABELS, () if reference is None else [reference_line()])
     return figure
 
 
@@ -121,7 +135,7 @@ def draw_overlay(ax, frame, mask, reference=None, spacing=(1, 1), opacity=0.35, 
     _paint(ax, mask, CLASS_COLOURS, opacity)
     _outline(ax, mask)
     if reference is not None:
-        _outline(ax, reference, "dashed", 1.6)
+        draw_reference(ax, reference)
 
 
 def overlays_grid(frames, columns, spacings=None, row_titles=None, opacity=0.4):

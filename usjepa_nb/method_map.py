@@ -24,7 +24,7 @@ BOXES = {
     "context": (1.7, 4.65, 2.3, "context encoder $E_\\theta$\nsees the visible tokens", "03 · vit"),
     "predictor": (5.2, 4.65, 2.3, "predictor $P_\\phi$\nfeatures of hidden tokens", "03 · vit"),
     "ll": (8.75, 4.65, 2.3, "head $F$, Eq. 2, 3: $\\mathcal{L}_{ll}$\nhow far apart is a pair?", "03 · losses, lens"),
-    "target": (1.7, 2.8, 2.3, "target encoder $\\bar E_\\theta$\nsees the whole clip", "03 · objectives"),
+    "target": (1.7, 2.8, 2.3, "target encoder $\\bar E_\\theta$\nsees all of them", "03 · objectives"),
     "jepa": (5.2, 2.8, 2.3, "Eq. 1: $\\mathcal{L}_{jepa}$\nhow far off are they?", "03 · losses"),
     "sum": (8.75, 2.8, 2.3, "Eq. 4: $\\mathcal{L} =$\n$\\lambda \\mathcal{L}_{jepa} + (1 - \\lambda) "
             "\\mathcal{L}_{ll}$", "03, 04 · losses"),
@@ -37,7 +37,7 @@ SIDE, GAP = 0.2, 5.85  # x left of the boxes, y between two lanes: where the two
 ARROWS = {  # (from, to): (what is carried, corners on the way)
     ("films", "store"): ("", []), ("store", "clip"): ("", []), ("clip", "masks"): ("", []),
     ("masks", "context"): ("visible tokens", [(9.0, GAP), (1.7, GAP)]),
-    ("clip", "target"): ("all tokens", [(6.6, GAP + 0.24), (SIDE, GAP + 0.24), (SIDE, 2.8)]),
+    ("clip", "target"): ("{tokens}", [(6.6, GAP + 0.24), (SIDE, GAP + 0.24), (SIDE, 2.8)]),
     ("context", "predictor"): ("features", []), ("predictor", "ll"): ("$e_{m_1}, e_{m_2}$", []),
     ("predictor", "jepa"): ("$e_m$ of every hidden token", []), ("target", "jepa"): ("no gradient", []),
     ("ll", "sum"): ("", []), ("jepa", "sum"): ("", []),
@@ -64,14 +64,15 @@ def method_map(profile: Profile) -> figures.Figure:
         ax.text(x, y + 0.13, _filled(what, profile), ha="center", va="center", fontsize=8.5, zorder=3, gid=name)
         ax.text(x, y - 0.31, where, ha="center", va="center", fontsize=7.5, color="#555555", zorder=3, gid=name)
     for (start, end), (carried, corners) in ARROWS.items():
-        _arrow(ax, start, end, carried, corners)
+        _arrow(ax, start, end, _filled(carried, profile), corners)
     return figure
 
 
 def _filled(text, profile):
     """Letters in braces by the profile's numbers; braces of formulas stay."""
     t, y, x = profile.grid()
-    letters = {"B": profile.batch, "T": profile.frames, "S": profile.size, "N": t * y * x, "D": profile.width}
+    letters = {"B": profile.batch, "T": profile.frames, "S": profile.size, "N": t * y * x, "D": profile.width,
+               "tokens": "all tokens in the sector" if profile.sector_aware else "all tokens"}
     for letter, number in letters.items():
         text = text.replace("{" + letter + "}", str(number))
     return text

@@ -78,9 +78,10 @@ def picture(beats: Beats, video: int, method: str, fraction: int, frame: int, cl
     wrong = (mask != truth) & (truth != UNLABELLED) & (mask != UNLABELLED)
     ratio = mask.shape[0] * spacing[0] / (mask.shape[1] * spacing[1])
     figure, ((left, right),) = figures.panels(1, 2, width=10, ratio=ratio, extra=0.6)
-    figures.draw_overlay(left, beats.frames[video, frame], mask, truth, spacing, opacity)
+    figures.draw_overlay(left, beats.frames[video, frame], mask, None, spacing, opacity)
     if errors and wrong.any():
         left.contour(wrong, [0.5], colors=ERROR, linewidths=1.6)
+    figures.draw_reference(left, truth)
     now = beats.instant(video, frame)
     left.text(0.03, 0.96, now, transform=left.transAxes, color="white", fontsize=16, va="top")
     scores = [metrics.dsc(mask, truth, label) for label in classes if (mask == label).any() or (truth == label).any()]
@@ -91,7 +92,7 @@ def picture(beats: Beats, video: int, method: str, fraction: int, frame: int, cl
     left.set_title(f"{beats.names[video]}, frame {frame + 1} of {last + 1}{now and f' = {now}'}\n{dsc}", fontsize=10)
     _volumes(right, beats, video, key, frame)
     handles = [Patch(fc=figures.CLASS_COLOURS[label], ec="gray", label=LABELS[label]) for label in classes]
-    handles += [Line2D([], [], color="gray", linestyle="dashed", label=REFERENCE)]
+    handles += [figures.reference_line(REFERENCE)]
     handles += [Line2D([], [], color=ERROR, label="prediction and reference differ")] * errors
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
