@@ -7,6 +7,7 @@ the phantom. The table is printed and kept as data_cache/gpu.json; a variant tha
 the rest goes on.
 """
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -19,10 +20,10 @@ import pandas as pd
 import torch
 from bench import SIZES, Ours, clips_like, compare, machine, vjepa
 from published_structure import Step
-from timm.models.vision_transformer import Block
 from torch import Generator
 
 from usjepa_nb import cost, grid, objectives, plan
+from usjepa_nb.pretrain import compile_blocks
 from usjepa_nb.probe import autocast
 from usjepa_nb.profile import ROOT, Profile, load
 from usjepa_nb.runs import write_text
@@ -65,8 +66,7 @@ class Variant:
     def __init__(self, p: Profile, grey: torch.Tensor, device: str, changes: dict, freeze: int):
         self.p, objective = frozen(p, freeze, **changes)
         if self.p.compile:
-            for block in (m for m in objective.modules() if isinstance(m, Block)):
-                block.compile(dynamic=True)
+            compile_blocks(objective)
         self.step, self.grey, self.device, self.k = Ours(self.p, objective, device), grey, device, 0
 
     def __call__(self) -> None:
@@ -75,21 +75,40 @@ class Variant:
 
 
 def flops_of(p: Profile, grey: torch.Tensor, changes: dict, freeze: int) -> float:
-    """FLOPs of a step, over two draws of masks."""
+    """FLOPs of a step without LL, which is not run, over two draws of masks."""
     p = p.replace(init="random", sector_aware=False, mask_rule="first").replace(**changes)
-    return cost.training(p, p.frames, "vjepa", freeze, [grey.float().cpu()] * 2).flops
+    stage = cost.training(p, p.frames, "vjepa", freeze, [grey.float().cpu()] * 2)
+    return stage.flops - stage.ll
 
 
 def side_by_side(runs: int, size: str, seconds: float) -> float:
-    """Steps a second of `runs` processes on one GPU together."""
+    """Steps a second of `runs` processes on one GPU together; they measure when all of them are warm.
+
+    Raises:
+        RuntimeError: one of them failed, for want of memory perhaps.
+    """
     command = [sys.executable, __file__, "--worker", str(seconds), "--size", size]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(runs)]
-    return sum(float(p.communicate()[0].strip().splitlines()[-1]) for p in processes)
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                 for _ in range(runs)]
+    try:
+        said = [p.stdout.readline() for p in processes]  # "warm", or nothing
+        if all(said):
+            for p in processes:
+                print("go", file=p.stdin, flush=True)
+            said = [p.communicate()[0].strip() for p in processes]
+        if not all(said):
+            raise RuntimeError(f"{said.count('')} of {runs} processes ended early")
+        return sum(float(s.splitlines()[-1]) for s in said)
+    finally:
+        for p in processes:
+            p.kill()
 
 
 def worker(p: Profile, grey: torch.Tensor, device: str, seconds: float) -> float:
     step = Variant(p, grey, device, {"one_pass": True}, 0)
     compare({"warm": step}, 5, device)
+    print("warm", flush=True)
+    input()  # until the others are warm, too
     begun, n = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         compare({"it": step}, 1, device)
@@ -133,8 +152,10 @@ def main(argv: list[str] | None = None) -> None:
 
     base = Step(vjepa(p)[1], device)
 
+    count = itertools.count(1)
+
     def published(step: Step = base) -> None:
-        step(grey.float(), Generator().manual_seed(1), autocast(precision, device))
+        step(grey.float(), Generator().manual_seed(next(count)), autocast(precision, device))
 
     for name, (changes, freeze) in VARIANTS.items():
         if freeze >= p.depth:
@@ -149,13 +170,14 @@ def main(argv: list[str] | None = None) -> None:
                                 "times faster": seconds["published"] / seconds["mine"], "TFLOP a step": flops / 1e12,
                                 "share of the matrix rate": flops / seconds["mine"] / rate, "peak, GiB, both": peak})
             print(pd.DataFrame(out["rows"][-1:]).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
-            del mine
-            if device == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
         except Exception as error:  # reported, and the rest goes on
             out["failed"][name] = f"{type(error).__name__}: {str(error)[:300]}"
             print(f"{name} failed: {out['failed'][name]}", flush=True)
+        finally:
+            mine = None
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         keep()
     by_frozen = {r["frozen"]: r["ms"] / 1e3 for r in out["rows"] if r["variant"].endswith(("sector", "frozen"))}
     if by_frozen.keys() >= {0, 12, 16}:
@@ -165,7 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
     for runs in a.runs:
-        together[str(runs)] = side_by_side(runs, a.size, 15 if device == "cuda" else 2)
+        try:
+            together[str(runs)] = side_by_side(runs, a.size, 15 if device == "cuda" else 2)
+        except (RuntimeError, OSError) as error:  # reported, and the rest goes on
+            out["failed"][f"{runs} side by side"] = str(error)
         keep()
     print(json.dumps({k: v for k, v in out.items() if k != "rows"}, indent=1), f"kept as {a.out}", sep="\n")
 

@@ -27,7 +27,8 @@ class ThreeChannels(nn.Module):
         self.proj = nn.Conv3d(3, ours.width, ours.tubelet, ours.tubelet)
         self.proj.weight.data = (weight / 3).repeat(1, 3, 1, 1, 1)
         self.proj.bias.data = ours.patch_embed.proj.bias.clone()
-        self.pos_embed, self.blocks, self.norm = ours.pos_embed, ours.blocks, ours.norm
+        self.register_buffer("pos_embed", ours.pos_embed)  # so that it moves to the device with the rest
+        self.blocks, self.norm = ours.blocks, ours.norm
 
     def forward(self, clips: Tensor, keep: Tensor | None = None) -> Tensor:
         x = self.proj(clips).flatten(2).transpose(1, 2) + self.pos_embed

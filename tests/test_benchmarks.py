@@ -47,6 +47,14 @@ def test_the_baseline_gives_the_same_loss_and_gradients(lab):
     torch.testing.assert_close(three.mean(1, keepdim=True), ours, atol=1e-6, rtol=1e-3)  # three equal channels
 
 
+def test_the_baseline_moves_to_a_device_whole(lab):
+    """A tensor that is neither a parameter nor a buffer would stay behind."""
+    bench, published = load("bench"), load("published_structure")
+    model = published.Step(bench.vjepa(lab.profile)[1]).model
+    assert not [name for m in model.modules() for name, v in vars(m).items() if isinstance(v, torch.Tensor)]
+    assert {v.device.type for v in model.to("meta").state_dict().values()} == {"meta"}
+
+
 def test_the_baseline_learns_and_moves_its_target(lab):
     bench, published = load("bench"), load("published_structure")
     _, objective = bench.vjepa(lab.profile.replace(mask="multiblock", target_layers=1, centre=0.0, beta=0.0))

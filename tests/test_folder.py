@@ -127,5 +127,7 @@ def test_broken_images_are_refused(root):
     for cut in (0, 20, len(whole) // 2):
         path.write_bytes(whole[:cut])
         refused(root, path.name, "cannot be read as an image")
+    Image.fromarray(np.full((20, 30), 4000, np.uint16)).save(path, "png")
+    refused(root, path.name, "more than 8 bits")
     path.unlink()
     refused(root, path.name, "no such image, though its list names it")

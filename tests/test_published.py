@@ -88,14 +88,6 @@ def test_consistency_has_every_row_under_every_reading():
     assert not rows[rows["reading"] == "the same three classes in both"]["fits"].any()
 
 
-def test_no_printed_dsc_lies_above_what_its_row_allows():
-    rows = published.implied_dsc(published.table2())
-    assert (rows["DSC"] <= rows["from JI"]).all() and (rows["DSC"] <= rows["from PPV and recall"]).all()
-    d, p, r = 0.6, 0.5, 0.75  # one mask: all three agree
-    table = published.table2().head(1).assign(DSC=d, JI=jaccard(d), PPV=p, recall=r)
-    assert published.implied_dsc(table).iloc[0, 2:].to_list() == pytest.approx([d] * 3)
-
-
 def test_the_odd_sd_is_found_and_impossible():
     table = published.table2()
     (odd,) = published.odd_sds(table).to_dict("records")

@@ -344,6 +344,18 @@ def test_a_colour_encoder_folds_exactly_into_a_grey_one(save):
     assert float((theirs - naive(standardise(grey))).abs().max() / theirs.abs().max()) > 0.01  # a sum alone will not do
 
 
+def test_a_head_of_three_channels_answers_for_one_grey_channel(save):
+    """Published VideoMAE gives red, green and blue of every pixel, in this order; grey is one value."""
+    three, grey, path = decoder(3), PixelDecoder(GRID, TUBELET, WIDTH, 8, 1, 2, channels=1), save(published_videomae())
+    reports = [weights.load(path, encoder(7, positions="sincos1d"), decoder=d)[1] for d in (three, grey)]
+    assert [any("head.weight: the means" in line for line in r.changed) for r in reports] == [False, True]
+    assert same(grey.blocks, three.blocks)
+    with torch.no_grad():
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        colours = three.head(x).unflatten(-1, (-1, 3))  # of every pixel
+        torch.testing.assert_close(grey.head(x), colours.mean(-1), atol=1e-5, rtol=1e-4)
+
+
 def test_fold_grey_by_hand():
     """One weight of 1 on the red channel: (g - 0.485) / 0.229 = w (g - 0.2) / 0.2 + b for every g."""
     weight, bias = torch.zeros(1, 3, 1, 1, 1), torch.tensor([4.0])

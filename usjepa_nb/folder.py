@@ -117,6 +117,8 @@ def image(path: Path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
+            if file.mode[0] in "IF":
+                raise ValueError(f"its pixels have more than 8 bits, {file.mode}: save it with 8")
             return resize_frame(np.asarray(file.convert("L")), size)
     except FileNotFoundError:
         raise TaskError(f"{path}: no such image, though its list names it; let `ultrabench` prepare the set again") \

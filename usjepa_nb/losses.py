@@ -36,7 +36,8 @@ def position(index: Tensor, grid: Grid) -> Tensor:
 
 def delta(index1: Tensor, index2: Tensor, grid: Grid) -> Tensor:
     """Eq. 2: ((t1 - t2)/t, (i1 - i2)/i, (j1 - j2)/j), each in [-1, 1]. Indices [B, P] -> [B, P, 3]."""
-    return (position(index1, grid) - position(index2, grid)) / torch.tensor(grid, device=index1.device)
+    steps = position(index1, grid) - position(index2, grid)
+    return torch.stack([steps[..., k] / n for k, n in enumerate(grid)], -1)
 
 
 def sample_pairs(masks: Masks, pairs: int, generator: Generator, replacement: bool = True) -> tuple[Tensor, Tensor]:

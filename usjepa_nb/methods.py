@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -83,12 +85,19 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
     if method in END_TO_END:  # their decoder is trained with them
         settings |= {"steps": p.supervised_steps, "probe_width": p.probe_width,
                      "lr": p.finetune_lr if method == "finetuned" else p.supervised_lr}
-    files = {key: hashlib.sha256((ROOT / getattr(p, key)).read_bytes()).hexdigest()[:10]
+    files = {key: contents(ROOT / getattr(p, key), (ROOT / getattr(p, key)).stat().st_mtime_ns)
              for key in ("init", "init_videomae", "teacher", "init_student")
              if key in settings and (ROOT / getattr(p, key)).is_file()}
     return {"method": method, "lam": float(lam), "freeze": freeze, "seed": lab.seed, "data": lab.store.data_hash,
             "code": version("usjepa-nb"), "init": files, "frames": lab.frames,
             "fraction": fraction if few else None, "settings": settings}
+
+
+@functools.lru_cache
+def contents(path: Path, changed: int) -> str:
+    """What names the contents of a checkpoint, read once as long as its time of change stays: gigabytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
 def label(spec: dict) -> str:

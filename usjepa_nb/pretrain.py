@@ -47,6 +47,18 @@ def parameter_groups(module: nn.Module, encoder_lr: float = 1.0) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
+def compile_blocks(objective: nn.Module) -> None:
+    """Compile every block in place (names of parameters stay), once for any number of tokens.
+
+    All blocks share one function, and with masks, gradients and autocast on and off it needs more graphs than torch's
+    default of eight, past which it would go on uncompiled without an error.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for part in objective.modules():
+        if isinstance(part, Block):
+            part.compile(dynamic=True)
+
+
 @torch.no_grad()
 def monitors(features: Tensor) -> dict[str, float]:
     """Is it collapsing? Features [B, N, D] of several clips on the same grid ->
@@ -80,9 +92,7 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
         OSError: a checkpoint cannot be written.
     """
     if p.compile:
-        for part in objective.modules():
-            if isinstance(part, Block):
-                part.compile(dynamic=True)  # in place: names of parameters stay; one graph for any number of tokens
+        compile_blocks(objective)
     optimizer = torch.optim.AdamW(parameter_groups(objective, p.encoder_lr), lr=p.lr, betas=(0.9, p.beta2),
                                   weight_decay=p.weight_decay, fused=True)
     warmup = round(p.warmup * p.steps)  # warmup_prefix: the cosine begins where the warm-up ends: the peak is reached

@@ -164,6 +164,7 @@ class Cache:
             OSError: the disk has no space for it, or cannot be written.
         """
         part = path.with_suffix(f".{os.getpid()}.part")
+        home = next(encoder.parameters()).device  # of a training that goes on, perhaps
         encoder = encoder.eval().to(device)
         shape = (len(grey), math.prod(encoder.grid), encoder.width)
         require_space(path.parent, 2 * math.prod(shape) + math.prod(shape[:2]) + 32_000)
@@ -178,7 +179,7 @@ class Cache:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-            encoder.to("cpu")
+            encoder.to(home)
         return Cache(path)
 
 
@@ -232,7 +233,7 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
         if step % look == 0 or step == steps:
             dice = mean_dice(predict(probe, cache.features[val], cache.seen[val]), masks[val])
             history.append({"step": step, "loss": float(loss.detach()), "val_dsc": dice})
-            if dice > best:
+            if not dice <= best:  # nan, of masks without a heart, is taken as well
                 best, best_state = dice, state()
     last_state = state()
     probe.load_state_dict(best_state)

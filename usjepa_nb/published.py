@@ -135,16 +135,6 @@ def consistency(table, **yard):
     return rows.assign(fits=miss == 0, miss=miss)
 
 
-def implied_dsc(table):
-    """The mean DSC as printed, and the most that the other columns allow if they are over the same masks.
-
-    DSC = 2 JI / (1 + JI) and the harmonic mean of PPV and recall are concave, so no mean DSC lies above them.
-    """
-    ji, p, r = table["JI"], table["PPV"], table["recall"]
-    return table[["method", "fraction", "DSC"]].assign(**{"from JI": 2 * ji / (1 + ji),
-                                                          "from PPV and recall": 2 * p * r / (p + r)})
-
-
 def odd_sds(table, factor=3):
     """SDs above `factor` times the median of their column: method, fraction, score, SD, median, most.
 

@@ -127,11 +127,9 @@ class Lab(Dataset):
                                  encoder_lr=spec["settings"].get("encoder_lr", 1.0))
         print(f"{label(spec)}: " + ("goes on where it stopped" if checkpoint.exists() else "not on disk, training now"),
               f"[{folder.name}]")
-        if p.accelerator == "cuda" and not torch.cuda.is_available():
-            p.refuse("accelerator", "torch sees no GPU here; choose auto or cpu, or install torch for your GPU")
         # On a login node of a cluster Fabric advises srun; Snakemake is what starts jobs there.
         warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
-        fabric = Fabric(accelerator=p.accelerator, devices=p.devices, precision=p.precision)
+        fabric = Fabric(accelerator=self.device, devices=p.devices, precision=p.precision)
         fabric.launch()
         watched = torch.from_numpy(self.clips(self.store.rows("val")[:32])[0]).float()
 

@@ -152,8 +152,9 @@ def predictor(lab: Lab, run: Run, fraction: int = 100) -> Callable[[np.ndarray],
     @torch.no_grad()
     def predict(clips: np.ndarray) -> np.ndarray:
         model.to(lab.device)
-        parts = [probe.classes(logits(grey.float().to(lab.device))).cpu()
-                 for grey in torch.from_numpy(clips).split(16)]
+        with probe.autocast(p.precision, lab.device):
+            parts = [probe.classes(logits(grey.float().to(lab.device))).cpu()
+                     for grey in torch.from_numpy(clips).split(16)]
         model.to("cpu")
         return torch.cat(parts).numpy()
 

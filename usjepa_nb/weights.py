@@ -120,6 +120,11 @@ def fold_grey(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return folded.to(weight.dtype), (bias.double() + shift).to(bias.dtype)
 
 
+def fold_head(value: Tensor) -> Tensor:
+    """VideoMAE's head (weight or bias) [pixels · 3, …] -> [pixels, …]: of a grey frame all channels want the same."""
+    return value.unflatten(0, (-1, 3)).mean(1)
+
+
 def load_state(module: nn.Module, state: dict[str, Tensor], report: Report) -> Report:
     """Copy `state` into `module`; every name and shape must match. Fixed position tables are checked, not copied."""
     state = dict(state)
@@ -137,6 +142,10 @@ def load_state(module: nn.Module, state: dict[str, Tensor], report: Report) -> R
         state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = fold_grey(weight, bias)
         report.changed.append("patch_embed.proj: three colour channels folded into one grey channel")
     own = module.state_dict()
+    for name in ("head.weight", "head.bias") if isinstance(module, PixelDecoder) else ():
+        if name in state and len(state[name]) == 3 * len(own[name]):
+            state[name] = fold_head(state[name])
+            report.changed.append(f"{name}: the means of its three colour channels")
     missing, left = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
               for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
