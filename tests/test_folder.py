@@ -105,6 +105,7 @@ def test_folders_that_are_no_task_are_refused(root, plain, tmp_path):
     refused(root / "images", "no images for the part 'train'", "train/<class>/*.png")
     refused(plain, "folders hold classes and no quantities", regression=True)
     refused(plain, "has no match for --patient 'x'", patient="x")
+    refused(plain, "--patient '(' is no regular expression", patient="(")
     (root / "test.json").unlink()
     refused(root, "no images for the part 'test'; give test.json")
 
@@ -116,7 +117,7 @@ def test_broken_lists_are_refused(root):
     whole = path.read_text()
     path.write_text(whole[:-40])
     refused(root, "train.json: cannot be read as JSON")
-    for text in ("{}", "[1, 2]", '[{"label": 1}]'):
+    for text in ("{}", "[1, 2]", '[{"label": 1}]', '[{"label": 1, "image": null}]'):
         path.write_text(text)
         refused(root, 'train.json: is not a list of objects with the key "image"')
 

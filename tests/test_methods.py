@@ -6,8 +6,9 @@ import pytest
 import torch
 from smoke_lab import beside, smoke_lab
 
-from usjepa_nb import methods, objectives, weights
+from usjepa_nb import linear, methods, objectives, weights
 from usjepa_nb.dataset import digest
+from usjepa_nb.pretrain import save, states
 from usjepa_nb.vit import sincos3d
 
 OTHER = {"predictor_width": 64, "predictor_depth": 2, "predictor_heads": 1, "init": "a.pt", "mask": "tube",
@@ -219,6 +220,16 @@ def test_the_positions_of_videomae_are_those_of_the_profile(lab, kind):
         assert torch.equal(part.pos_embed, sincos3d((2, 4, 4), 32)) is (kind == "sincos3d")
     vjepa = mine.objective(mine.spec("vjepa"))
     assert torch.equal(vjepa.encoder.pos_embed, sincos3d((2, 4, 4), 32))
+
+
+@pytest.mark.parametrize("method, probed", [("vjepa", "target_encoder"), ("salt", "encoder"), ("videomae", "encoder")])
+def test_a_checkpoint_says_which_encoder_is_probed(lab, tmp_path, method, probed):
+    objective = lab.objective(lab.spec(method))
+    with torch.no_grad():  # teacher and student apart
+        for k, p in enumerate(objective.parameters()):
+            p += 0.1 * (k + 1)
+    save(tmp_path / "run.pt", states(objective))
+    assert same(linear.load_encoder(str(tmp_path / "run.pt"), lab.profile, "sincos3d"), getattr(objective, probed))
 
 
 @pytest.mark.parametrize("whole", [True, False])

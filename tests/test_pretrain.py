@@ -251,7 +251,7 @@ def test_two_processes_resume_as_one_does(several):
 
 def test_the_parts_of_a_checkpoint_have_their_published_names(lab, undisturbed):
     assert set(undisturbed["vjepa_ll"]) == {"format", "step", "encoder", "target_encoder", "predictor", "head",
-                                            "buffers", "positions", "optimizer", "history"}
+                                            "buffers", "positions", "features", "optimizer", "history"}
     assert set(undisturbed["vjepa_ll"]["buffers"]) == {"position_sum", "position_count"}
     assert {"encoder", "decoder"} < set(undisturbed["videomae"])
     assert [r["step"] for r in undisturbed["vjepa_ll"]["history"]] == list(range(1, 8))

@@ -227,4 +227,6 @@ def test_what_is_no_summary_is_refused(tmp_path, capsys):
     path.write_text('{"rows": []}')
     assert verify.main([str(path), str(tmp_path / "none.json")]) == 1
     text = capsys.readouterr().out
+    path.write_text("5")
+    assert verify.main([str(path)]) == 1 and "is no summary of this package" in capsys.readouterr().out
     assert "is no summary of this package, it lacks data, " in text and "none.json" in text

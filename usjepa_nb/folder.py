@@ -73,7 +73,8 @@ def from_lists(root: Path, label: str, regression: bool) -> list[tuple]:
                 rows = json.loads(path.read_text(encoding="utf-8-sig"))
             except (OSError, ValueError, RecursionError) as e:
                 raise TaskError(f"{path}: cannot be read as JSON ({e}); let `ultrabench` write it again") from e
-            if not isinstance(rows, list) or not all(isinstance(row, dict) and "image" in row for row in rows):
+            if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("image"), str)
+                                                  for row in rows):
                 raise TaskError(f'{path}: is not a list of objects with the key "image", as UltraBench writes it')
             for row in rows:
                 if label not in row:
@@ -99,6 +100,10 @@ def value(label, path: Path, key: str, regression: bool):
 def from_folders(root: Path, patient: str) -> list[tuple]:
     """(path, class, group, part) of every image in `<split>/<class>/`."""
     found = []
+    try:
+        re.compile(patient)
+    except re.error as e:
+        raise TaskError(f"--patient {patient!r} is no regular expression ({e}): correct it") from None
     for part, names in NAMES.items():
         for path in sorted(p for name in names for p in (root / name).glob("*/*") if p.suffix.lower() in SUFFIXES):
             match = re.search(patient, path.name) if patient else None

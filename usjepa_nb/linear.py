@@ -131,7 +131,8 @@ def load_encoder(path: str, p, positions: str) -> Encoder:
         WeightsError: see `weights.load`.
     """
     encoder = make_encoder(p, p.frames, positions)
-    part = "target_encoder" if {"target_encoder", "ema_encoder"} & weights.parts(path) else "encoder"
+    file = weights.read(path)  # V-JEPA's target is the better encoder, SALT's is the teacher: ours say what to probe
+    part = file.get("features", "target_encoder" if {"target_encoder", "ema_encoder"} & file.keys() else "encoder")
     print(*weights.load(path, encoder, part=part), sep="\n")
     return encoder
 
@@ -153,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     try:
+        if a.seed < 0:
+            raise TaskError(f"--seed {a.seed}: scikit-learn takes 0 or more")
         p = load(a.profile)
         device = "cuda" if torch.cuda.is_available() and p.accelerator != "cpu" else "cpu"
         task = folder.read(a.folder, p.size, p.frames, a.label, a.regression, a.patient)

@@ -176,11 +176,17 @@ def refuse_divergence(rows: list[dict], p: Profile, path: Path) -> None:
 
 
 def states(objective: nn.Module) -> dict:
-    """State per part, in the layout of the published checkpoints: encoder, target_encoder, predictor, …"""
+    """State per part, in the layout of the published checkpoints: encoder, target_encoder, predictor, …
+
+    `features` names the part that is probed: V-JEPA's target, but SALT's student.
+    """
     parts = {name: module.state_dict() for name, module in objective.named_children()}
     parts["buffers"] = dict(objective.named_buffers(recurse=False))
     if isinstance(encoder := getattr(objective, "encoder", None), Encoder):  # its position table is not stored
         parts["positions"] = encoder.positions
+    for name, module in objective.named_children():
+        if module is getattr(objective, "features", None):
+            parts["features"] = name
     return parts
 
 

@@ -135,6 +135,9 @@ class Profile:
         for key in ("centre", "warmup", "ema", "hidden", "tube_ratio", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 self.refuse(key, "it must lie in [0, 1)")
+        for key in ("steps", "videomae_steps", "teacher_steps", "supervised_steps"):
+            if round(self.warmup * getattr(self, key)) >= getattr(self, key):
+                self.refuse("warmup", f"it leaves no step of {key} ({getattr(self, key)}) after the warm-up")
         if self.init == "videomae" and self.decoder_positions != "sincos3d":
             self.refuse("init", "V-JEPA's positions are (t, y, x): set decoder_positions to sincos3d for VideoMAE too")
         if not 1 <= self.target_layers <= self.depth:

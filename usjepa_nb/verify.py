@@ -28,6 +28,7 @@ def check(path: Path, data: str = "", cache: str = "data_cache", redo: bool = Fa
         OSError, ValueError: the file cannot be read as a summary.
     """
     said = json.loads(Path(path).read_text(encoding="utf-8"))
+    said = said if isinstance(said, dict) else {}
     if lacking := {"profile", "grid", "seeds", "data", "data_hash", "rows", "table1"} - set(said):
         raise ValueError(f"{path}: is no summary of this package, it lacks {', '.join(sorted(lacking))}; give the "
                          "summary.json of a `make run` or `make table1`")
