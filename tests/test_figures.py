@@ -1,12 +1,9 @@
 """Figures hold what they were given: panels, outlines, colours, true proportions; nothing stays open."""
 
-import io
-
 import matplotlib.figure
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
-from PIL import Image
 
 from usjepa_nb import figures
 from usjepa_nb.camus import UNLABELLED
@@ -73,19 +70,6 @@ def test_pictures_have_the_proportions_of_the_body(spacing):
                 box = ax.get_window_extent()
                 millimetres = 24 * spacing[0] / (32 * spacing[1])
                 assert box.height / box.width == pytest.approx(millimetres, rel=0.01)
-
-
-def test_the_palette_of_a_png_keeps_every_colour():
-    """A colour of few pixels, as of a legend, must not be taken for its neighbour's."""
-    figure, ((ax,),) = figures.panels(1, 1, width=5, ratio=0.8)
-    ax.imshow(np.random.default_rng(0).integers(0, 256, (60, 60), np.uint8), cmap="gray")
-    for x, colour in enumerate(figures.PALETTE.values()):
-        ax.plot(60, 6 * x, "s", color=colour, clip_on=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    drawn, kept = (np.asarray(Image.open(io.BytesIO(b)).convert("RGB")).astype(int)
-                   for b in (buffer.getvalue(), figures.png(figure)))
-    assert abs(drawn - kept).max() < 20
 
 
 def test_overlay_fills_the_mask_and_dashes_the_reference():

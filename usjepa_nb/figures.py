@@ -41,7 +41,7 @@ def png(figure):
     """A figure as PNG bytes; a palette of 256 colours halves the size of speckle and of the notebooks."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    palette = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     palette.save(small, "png", optimize=True)
     return small.getvalue()
 
