@@ -2,6 +2,7 @@
 #
 #   make run                 every notebook in order, at profile tiny, on the synthetic data set
 #   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
+#                            THREADS=4 (of each; the numbers in results/ are those of one)
 #   make table1, make table2 the paper's tables, whole (grids/paper.yaml; another: GRID=...), in the same way
 #   make plan PROFILE=paper  what such tables would cost: FLOPs, memory, hours
 #   make lab                 JupyterLab on notebook 00
@@ -23,6 +24,7 @@ PROFILE ?= tiny
 DATA ?=
 GRID ?= paper
 JOBS ?= 2
+THREADS ?= 1
 TORCH ?= cpu
 # The first of the two that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -39,10 +41,12 @@ override LINKS := $(value LINKS)
 export DATA PROFILE GRID SUMMARY TFLOPS NOTEBOOK LINKS
 
 # A misspelt variable is refused: make itself would take the default in silence.
-KNOWN := PROFILE DATA GRID JOBS TORCH PYTHON WHERE SUMMARY TFLOPS NOTEBOOK LINKS SECONDS UPGRADE
+KNOWN := PROFILE DATA GRID JOBS THREADS TORCH PYTHON WHERE SUMMARY TFLOPS NOTEBOOK LINKS SECONDS UPGRADE
 STRANGE := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(filter-out $(KNOWN),$v)))
 $(if $(strip $(STRANGE)),$(error there is no variable $(strip $(STRANGE)); make knows $(KNOWN)))
-$(if $(filter 0,$(JOBS)),$(error JOBS is how many notebooks run side by side, from 1; with 0 Snakemake would wait for ever))
+NUMBERS := $(shell seq 999)
+$(foreach v,JOBS THREADS,$(if $(filter 1-,$(words $($v))-$(filter-out $(NUMBERS),$($v))),,$(error $v is a number from 1 to 999: how \
+many $(if $(filter JOBS,$v),notebooks run side by side,threads each of them has))))
 # Texts are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 
@@ -86,9 +90,9 @@ licences: $(READY)
 	@$(BIN)/python dependencies/licences.py
 
 # --nolock: a killed run leaves no lock that the next one stumbles over; the runs have locks of their own.
-WHERE = --cores $(JOBS)
+WHERE = --cores $$(($(JOBS) * $(THREADS)))
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake
-HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" $${data:+"data=$$data"}
+HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" threads=$(THREADS) $${data:+"data=$$data"}
 # Snakemake reads values as YAML, where a '#' would begin a comment: the folder goes in YAML's quotes (and in
 # blanks, without which it would take off the quotes first).
 FOLDER = test -z "$$DATA" || test -d "$$DATA" || { echo "DATA: there is no folder $$DATA"; exit 1; }; \

@@ -13,6 +13,7 @@ PROFILE = config.get("profile", "tiny")
 DATA = str(config.get("data", ""))
 SEED = int(config.get("seed", 0))
 GRID = str(config.get("grid", "walk"))
+THREADS = int(config.get("threads", 1))  # of each job; with another number sums round differently
 
 lab = Dataset(PROFILE, DATA, seed=SEED)
 grid = lab.grid(GRID)
@@ -109,6 +110,7 @@ rule notebook:
         1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
     params:
         extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=GIVEN,
+    threads: THREADS
     shell:
-        "USJEPA_EXERCISE=0 OMP_NUM_THREADS=1 python -m usjepa_nb.execute {input.source} {output:q} -p profile {PROFILE:q} "
+        "USJEPA_EXERCISE=0 OMP_NUM_THREADS={THREADS} python -m usjepa_nb.execute {input.source} {output:q} -p profile {PROFILE:q} "
         "{params.extra} {params.data}"

@@ -153,8 +153,9 @@ MAKE = shutil.which("make") and (ROOT / ".venv" / ".ready").exists()
 @pytest.mark.parametrize(("arguments", "words"), [
     (["run", "PROFIL=smoke"], "there is no variable PROFIL; make knows .*PROFILE"),
     (["plan", "DATE=/x"], "there is no variable DATE"),
-    (["run", "JOBS=many"], "number of cores .* must be integer"),
-    (["run", "JOBS=0"], "JOBS is how many notebooks run side by side, from 1"),
+    (["run", "JOBS=many"], "JOBS is a number from 1 to 999: how many notebooks run side by side"),
+    (["run", "JOBS=0"], "JOBS is a number from 1 to 999"),
+    (["table1", "THREADS=-1"], "THREADS is a number from 1 to 999: how many threads each of them has"),
     (["run", "DATA=/no/such place"], "DATA: there is no folder /no/such place"),
     (["plan", "PROFILE=tyni"], "tyni.yaml: no such profile; choose one of"),
 ])
