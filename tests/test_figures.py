@@ -1,9 +1,12 @@
 """Figures hold what they were given: panels, outlines, colours, true proportions; nothing stays open."""
 
+import io
+
 import matplotlib.figure
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from PIL import Image
 
 from usjepa_nb import figures
 from usjepa_nb.camus import UNLABELLED
@@ -70,6 +73,27 @@ def test_pictures_have_the_proportions_of_the_body(spacing):
                 box = ax.get_window_extent()
                 millimetres = 24 * spacing[0] / (32 * spacing[1])
                 assert box.height / box.width == pytest.approx(millimetres, rel=0.01)
+
+
+def test_the_palette_of_a_png_keeps_colours_and_greys():
+    """A colour of few pixels, as of a legend, must not be taken for its neighbour's, nor speckle be tinted."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:160, :160]
+    frame = np.clip(128 + 60 * np.sin(x / 20) * np.cos(y / 15) + rng.normal(0, 15, x.shape), 0, 255).astype(np.uint8)
+    mask = sum(c * ((y - j) ** 2 + (x - i) ** 2 < 900) for c, (j, i) in enumerate([(50, 50), (80, 110), (120, 60)], 1))
+    filled = figures.overlay(frame, mask, np.roll(mask, 6, 1), opacity=0.5)
+    marks, ((ax,),) = figures.panels(1, 1, width=5, ratio=0.8)
+    ax.imshow(rng.integers(0, 256, (60, 60), np.uint8), cmap="gray")
+    for k, colour in enumerate(figures.PALETTE.values()):
+        ax.plot(60, 6 * k, "s", color=colour, clip_on=False)
+    for figure in (filled, marks):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # every drawing would move it on
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        drawn, kept = (np.asarray(Image.open(io.BytesIO(b)).convert("RGB")).astype(int)
+                       for b in (buffer.getvalue(), figures.png(figure)))
+        assert abs(drawn - kept).max() < 20
+        assert np.ptp(kept[np.ptp(drawn, axis=-1) == 0], axis=-1).max() == 0
 
 
 def test_overlay_fills_the_mask_and_dashes_the_reference():
