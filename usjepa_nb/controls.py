@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from usjepa_nb.augment import augment, standardise
 from usjepa_nb.objectives import Objective
-from usjepa_nb.probe import CLASSES, SegmentationProbe, encode, segmentation_loss
+from usjepa_nb.probe import CLASSES, SegmentationProbe, encode, seen_tokens, segmentation_loss
 from usjepa_nb.profile import Profile
 from usjepa_nb.vit import Encoder, gather
 from usjepa_nb.weights import WeightsError
@@ -49,9 +49,14 @@ class Supervised(EndToEnd):
     def logits(self, grey: Tensor) -> Tensor:
         return self.probe(*encode(self.encoder, grey, self.p.sector_aware))
 
-    def losses(self, prepared: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        grey, masks = prepared
-        return {"loss": self.probe.loss(*encode(self.encoder, grey, self.p.sector_aware), masks)}
+    def prepare(self, batch: tuple[Tensor, Tensor], generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """As of every `EndToEnd`, and the tokens that the encoder is shown, on the host."""
+        grey, masks = super().prepare(batch, generator)
+        return grey, masks, seen_tokens(self.encoder, grey, self.p.sector_aware).cpu()
+
+    def losses(self, prepared: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        grey, masks, seen = prepared
+        return {"loss": self.probe.loss(*encode(self.encoder, grey, self.p.sector_aware, seen), masks)}
 
 
 class UNet(EndToEnd):

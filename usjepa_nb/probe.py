@@ -33,13 +33,23 @@ def autocast(precision: str, device) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def encode(encoder: Encoder, grey: Tensor, sector_aware: bool) -> tuple[Tensor, Tensor]:
-    """Grey clips 0…255 [B, T, H, W] -> features on the full grid [B, N, D] (zeros where left out), seen bool [B, N]."""
+def seen_tokens(encoder: Encoder, grey: Tensor, sector_aware: bool) -> Tensor:
+    """Tokens of grey clips that an encoder is shown: those in the sector, or all. bool [B, N]."""
+    if sector_aware:
+        return sector_tokens(grey, encoder.tubelet)
+    return torch.ones(len(grey), math.prod(encoder.grid), dtype=torch.bool, device=grey.device)
+
+
+def encode(encoder: Encoder, grey: Tensor, sector_aware: bool, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Grey clips 0…255 [B, T, H, W] -> features on the full grid [B, N, D] (zeros where left out), seen bool [B, N].
+
+    Args:
+        seen: `seen_tokens`, where they are known. On the host, nothing has to be read back from a GPU.
+    """
     x = standardise(grey)
+    seen = seen_tokens(encoder, grey, sector_aware) if seen is None else seen
     if not sector_aware:
-        z = encoder(x)
-        return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    seen = sector_tokens(grey, encoder.tubelet)
+        return encoder(x), seen
     keep, valid = (v.to(grey.device) for v in rectangle(seen.cpu(), "pad", Generator()))
     z = encoder(x, keep, valid) * valid[..., None]
     full = z.new_zeros(len(z), seen.shape[1], z.shape[-1])
