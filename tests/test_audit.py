@@ -150,4 +150,6 @@ def test_charts_hold_every_reading(methods):
     lines = audit.rankings_chart(methods, "jaccard").axes[0].lines
     assert {line.get_linestyle() for line in lines} == {"None"}  # readings have no order that a line could follow
     assert [line.get_label() for line in lines] == ["A", "B"] and len(lines[0].get_xdata()) == 2 * 2 * 3
+    bands = [np.round(line.get_ydata()) for line in lines]
+    assert (bands[0] == bands[1]).all() and (lines[0].get_ydata() < lines[1].get_ydata()).all()  # none covers another
     assert figures.png(figure).startswith(b"\x89PNG")

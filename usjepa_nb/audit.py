@@ -198,21 +198,25 @@ def readings_chart(rows):
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel("score of one video", fontsize=9)
-    ax.grid(alpha=0.3)
+    ax.grid(alpha=0.3, axis="x")
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def rankings_chart(rows, score="dsc"):
-    """Methods under every reading (from `table`): a dot for each; where dots of a row change places, the order does."""
-    figure, axes = panels(1, 1, width=9, ratio=0.55)
+    """Methods under every reading (from `table`): a dot for each; where dots of a band change places, the order does."""
+    figure, axes = panels(1, 1, width=9, ratio=0.75)
     ax, rows = axes[0, 0], rows[(rows["score"] == score) & (rows["absent"] == OURS["absent"])]
-    for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
+    methods = rows.groupby("method", sort=False)
+    for i, (method, group) in enumerate(methods):  # one below the other within a band: equal values are all seen
         ticks = [f"{r.classes} · background {r.background} · {r.frames}" for r in group.itertuples()]
-        ax.plot(group["value"], range(len(group)), MARKERS[i % 8], color=LINES[i % 8], markersize=5, label=method)
+        at = np.arange(len(group)) + 0.8 * ((i + 0.5) / len(methods) - 0.5)
+        ax.plot(group["value"], at, MARKERS[i % 8], color=LINES[i % 8], markersize=4, label=method)
     ax.set_yticks(range(len(ticks)), ticks, fontsize=8)
-    ax.invert_yaxis()
+    for i in range(0, len(ticks), 2):
+        ax.axhspan(i - 0.5, i + 0.5, color="0.95")
+    ax.set_ylim(len(ticks) - 0.5, -0.5)
     ax.set_xlabel(f"{score.upper()}, mean over videos", fontsize=9)
-    ax.grid(alpha=0.3)
+    ax.grid(alpha=0.3, axis="x")
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
