@@ -96,6 +96,9 @@ VARIANTS = {
     "ll-0.9": ("LL as in the paper, λ 0.9", "vjepa_ll", {"lam": 0.9}),
     "ll-context-0.25": ("LL on visible encoder tokens, λ 0.25", "vjepa_ll", {"lam": 0.25, "ll_on": "context"}),
     "ll-context-0.9": ("LL on visible encoder tokens, λ 0.9", "vjepa_ll", {"lam": 0.9, "ll_on": "context"}),
+    "ll-unplaced-0.25": ("LL on visible tokens told no position, λ 0.25", "vjepa_ll",
+                         {"lam": 0.25, "ll_on": "unplaced"}),
+    "ll-unplaced-0.9": ("LL on visible tokens told no position, λ 0.9", "vjepa_ll", {"lam": 0.9, "ll_on": "unplaced"}),
 }
 # Does LL protect good weights that are adapted to few clips? A tenth of the clips, λ × frozen blocks of 4.
 VARIANTS |= {f"few-{lam:g}-{freeze}": (f"adapted to a tenth of the clips, λ {lam:g}, {freeze} of 4 blocks frozen",

@@ -45,7 +45,8 @@ def positions(seed, rule="random"):
 # --- tokens
 
 @pytest.mark.parametrize("source, sees", [("predicted", True), ("predicted, encoder blanked", False),
-                                          ("context", True), ("context, no image", False)])
+                                          ("context", True), ("context, no image", False),
+                                          ("context, no position", True)])
 def test_only_sources_that_look_at_the_image_depend_on_it(lab, source, sees):
     objective = objective_of(lab)
     first, second = (lens.tokens(objective, grey, source, generator()) for grey in pictures(lab))
@@ -82,6 +83,17 @@ def test_blanked_is_the_predictor_on_zeros(lab):
     with torch.no_grad():
         want = objective.predictor(torch.zeros(*made.masks.context.shape, 32), made.masks, 0)
     assert torch.equal(made.values, want)
+
+
+def test_tokens_without_a_position_do_not_depend_on_it(lab):
+    """The same patch at another place gives the same token when its neighbours are the same, however they lie."""
+    objective, (grey, _) = objective_of(lab, sector_aware=False), pictures(lab)
+    here = lens.tokens(objective, grey, "context, no position", generator())
+    with torch.no_grad():
+        where = objective.encoder.pos_embed.clone()
+        objective.encoder.pos_embed.copy_(where.flip(1))
+    assert torch.equal(here.values, lens.tokens(objective, grey, "context, no position", generator()).values)
+    assert not torch.equal(lens.tokens(objective, grey, "context", generator()).values, here.values)
 
 
 def test_an_unknown_source_names_the_known_ones(lab):

@@ -320,7 +320,7 @@ def gradients(objective, batch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mask_rule": "pad"}, {"sector_aware": False}, {"ll_on": "context"},
-                                     {"variance": 0.5}, {"target_layers": 1, "centre": 0.0}])
+                                     {"ll_on": "unplaced"}, {"variance": 0.5}, {"target_layers": 1, "centre": 0.0}])
 @pytest.mark.parametrize("freeze", [0, 1])
 def test_both_mask_kinds_in_one_pass_give_the_same_losses_and_gradients(lab, changes, freeze):
     found = []
@@ -744,7 +744,7 @@ def test_a_tube_mask_hides_its_share_of_the_sector(lab, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["random", "pad"])
-@pytest.mark.parametrize("ll_on", ["predicted", "context"])
+@pytest.mark.parametrize("ll_on", ["predicted", "context", "unplaced"])
 def test_the_localisation_loss_falls_on_the_tokens_asked_for(lab, ll_on, rule):
     objective = objective_of(variant(lab, ll_on=ll_on, mask_rule=rule))
     objective(grey(lab), pretrain.step_generator(0, 0))["ll"].backward()
@@ -765,6 +765,16 @@ def test_located_context_tokens_lie_where_they_are_visible(lab, monkeypatch):
     for (z, masks), (e, places) in zip(calls, located, strict=True):
         assert e is z and torch.equal(places.target, masks.context)
         assert torch.equal(places.target_valid, masks.context_valid)
+
+
+def test_located_tokens_without_a_position_leave_the_other_losses_alone(lab, monkeypatch):
+    told, untold = (objective_of(variant(lab, ll_on=ll_on, variance=0.3)) for ll_on in ("context", "unplaced"))
+    placed, real = [], told.encoder.forward
+    monkeypatch.setattr(type(untold.encoder), "forward", lambda self, *a, placed_=placed, **k: placed_.append(
+        k.get("placed", True)) or real.__func__(self, *a, **k))
+    a, b = (o(grey(lab), pretrain.step_generator(0, 0)) for o in (told, untold))
+    assert all(torch.equal(a[k], b[k]) for k in ("jepa", "zero")) and not torch.equal(a["ll"], b["ll"])
+    assert placed.count(False) == 2  # once for each kind of mask, in the second objective
 
 
 @pytest.mark.parametrize("rule", ["random", "pad"])

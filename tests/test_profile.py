@@ -119,7 +119,7 @@ def test_a_misspelt_or_mistyped_setting_is_named_with_its_file(written, change, 
     ({"mask_rule": "last"}, "mask_rule = 'last' is not possible: choose one of random, first, pad"),
     ({"augmentation": "wild"}, "augmentation = 'wild' is not possible: choose one of none, mild, published"),
     ({"mask": "blocks"}, "mask = 'blocks' is not possible: choose one of multiblock, tube"),
-    ({"ll_on": "encoder"}, "ll_on = 'encoder' is not possible: choose one of predicted, context"),
+    ({"ll_on": "encoder"}, "ll_on = 'encoder' is not possible: choose one of predicted, context, unplaced"),
     ({"decoder_positions": "learned"}, "decoder_positions = 'learned' is not possible: choose one of sincos1d, sincos"),
     ({"hidden": 1.0}, r"hidden = 1.0 is not possible: it must lie in \[0, 1\)"),
     ({"hidden": 0.0}, "hidden = 0.0 is not possible: it must be positive"),
@@ -144,7 +144,8 @@ def test_what_may_be_zero_may(name):
     assert getattr(load("smoke", **{name: 0}), name) == 0
 
 
-@pytest.mark.parametrize("name, values", [("mask", ("multiblock", "tube")), ("ll_on", ("predicted", "context")),
+@pytest.mark.parametrize("name, values", [("mask", ("multiblock", "tube")),
+                                          ("ll_on", ("predicted", "context", "unplaced")),
                                           ("decoder_positions", ("sincos1d", "sincos3d"))])
 def test_what_there_is_to_choose_may_be_chosen(name, values):
     assert tuple(getattr(load("smoke", **{name: value}), name) for value in values) == values

@@ -204,7 +204,7 @@ def readings_chart(rows):
 
 
 def rankings_chart(rows, score="dsc"):
-    """Methods under every reading (from `table`): a dot for each; where dots of a band change places, the order does."""
+    """Methods under every reading (from `table`): a dot each; where two of a band change places, the order does."""
     figure, axes = panels(1, 1, width=9, ratio=0.75)
     ax, rows = axes[0, 0], rows[(rows["score"] == score) & (rows["absent"] == OURS["absent"])]
     methods = rows.groupby("method", sort=False)

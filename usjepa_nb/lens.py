@@ -17,7 +17,7 @@ from usjepa_nb.masking import Masks
 from usjepa_nb.objectives import VJEPA
 from usjepa_nb.vit import gather
 
-SOURCES = ("predicted", "predicted, encoder blanked", "context", "context, no image")
+SOURCES = ("predicted", "predicted, encoder blanked", "context", "context, no image", "context, no position")
 
 
 @dataclass
@@ -35,7 +35,8 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
     Args:
         source: "predicted" is what the paper locates, the predictor's output at the hidden places; "predicted, encoder
             blanked" the same with the encoder's features set to zero; "context" the encoder's visible tokens;
-            "context, no image" the same for clips of one grey value.
+            "context, no image" the same for clips of one grey value; "context, no position" the same when the encoder
+            is not told where they lie.
 
     Raises:
         ValueError: another source.
@@ -46,7 +47,7 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
     allowed = masking.sector_tokens(grey, p.tubelet_size).cpu() if p.sector_aware else None
     masks = objective.masks(len(grey), allowed, generator)[0]
     x = standardise(torch.zeros_like(grey) if source == "context, no image" else grey)
-    z = objective.encoder(x, masks.context, masks.context_valid)
+    z = objective.encoder(x, masks.context, masks.context_valid, placed=source != "context, no position")
     if source.startswith("context"):
         return Tokens(z, masks.swapped())
     return Tokens(objective.predictor(z * (source == "predicted"), masks), masks)

@@ -168,6 +168,9 @@ class VJEPA(Objective):
             zero = zero + losses.l_jepa(torch.zeros_like(e), wanted, masks.target_valid, self.p.beta) / len(kinds)
             if self.head is not None:
                 located = (e, masks) if self.p.ll_on == "predicted" else (z, masks.swapped())
+                if self.p.ll_on == "unplaced":
+                    visible = self.encoder(x, masks.context, masks.context_valid, placed=False)
+                    located = visible, masks.swapped()
                 ll = ll + losses.l_ll(self.head, *located, self.grid, prepared.pairs[kind]) / len(kinds)
             if self.p.variance:
                 spread = spread + losses.variance_covariance(z, masks.context_valid) / len(kinds)

@@ -106,8 +106,8 @@ class Profile:
     log_every: int
 
     def __post_init__(self):
-        choices = {"clip_rule": ("cover", "step"), "mask": ("multiblock", "tube"), "ll_on": ("predicted", "context"),
-                   "decoder_positions": ("sincos1d", "sincos3d"),
+        choices = {"clip_rule": ("cover", "step"), "mask": ("multiblock", "tube"),
+                   "ll_on": ("predicted", "context", "unplaced"), "decoder_positions": ("sincos1d", "sincos3d"),
                    "mask_rule": ("random", "first", "pad"),
                    "augmentation": ("none", "mild", "published"), "unlabelled": ("all", "fraction"),
                    "sampling": ("uniform", "balanced"),

@@ -125,15 +125,16 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, clips: Tensor, keep: Tensor | None = None, valid: Tensor | None = None,
-                layers: bool = False) -> Tensor | list[Tensor]:
+                layers: bool = False, placed: bool = True) -> Tensor | list[Tensor]:
         """`valid` [B, K] marks padding, or [B, K, K] who may look at whom; `layers` returns the output of every block
-        (before the last norm)."""
+        (before the last norm). Tokens that are not `placed` are given no position."""
         grid = tuple(n // size for n, size in zip(clips.shape[2:], self.tubelet, strict=True))
         if grid != tuple(self.grid):
             raise ValueError(f"clips of {'×'.join(map(str, clips.shape[2:]))} give {grid} tokens, but this encoder has "
                              f"positions for {tuple(self.grid)}: change frames or size, or build another encoder")
         x = self.patch_embed(clips, keep)
-        x = x + (self.pos_embed if keep is None else gather(self.pos_embed, keep))
+        if placed:
+            x = x + (self.pos_embed if keep is None else gather(self.pos_embed, keep))
         outputs = []
         for block in self.blocks:
             x = block(x, attn_mask=attention_mask(valid))

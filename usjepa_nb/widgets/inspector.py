@@ -48,7 +48,9 @@ def load(lab, folder) -> VJEPA:
 
 def sources(objective: VJEPA) -> tuple[str, str]:
     """What the loss was asked of, with the image and without (names of `lens.SOURCES`)."""
-    return lens.SOURCES[:2] if objective.p.ll_on == "predicted" else lens.SOURCES[2:]
+    predicted, blanked, context, no_image, no_position = lens.SOURCES
+    return {"predicted": (predicted, blanked), "context": (context, no_image),
+            "unplaced": (no_position, no_image)}[objective.p.ll_on]
 
 
 def head_of(lab, objective: VJEPA, source: str):
