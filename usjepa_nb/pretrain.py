@@ -84,7 +84,8 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
 
     Args:
         batches: (generator, batch size) -> what the objective takes, for pre-training grey clips [B, T, H, W].
-        path: checkpoint; when it exists, training continues from it, exactly as if never interrupted.
+        path: checkpoint; when it exists, training continues from it, exactly as if never interrupted (a GPU
+            may add up in another order).
         watch: extra columns for the history (monitors), computed every `log_every` steps.
 
     Raises:
