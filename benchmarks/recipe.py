@@ -270,10 +270,10 @@ COMPARED = [(m, "random") for m in ("videomae", "vjepa", "vjepa_ll", "vjepa_ll 0
     ("finetuned", "supervised"), ("supervised", "unet")]
 
 
-def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
+def comparisons(rows: pd.DataFrame, compared=COMPARED) -> pd.DataFrame:
     """Paired differences per patient, after averaging each patient's scores over the seeds that both methods have."""
     out = []
-    for a, b in COMPARED:
+    for a, b in compared:
         for fraction in FRACTIONS:
             one, two = (rows[(rows.method == m) & (rows.fraction == fraction)].set_index(["patient", "seed"])["dsc"]
                         for m in (a, b))
@@ -322,6 +322,12 @@ def report():
                       "Mean DSC over patients and seeds (lowest and highest seed, seeds), columns: % of labels.\n",
                       cells.loc[[m for m in JUDGED if m in cells.index]].to_markdown(), ""]
             table = comparisons(rows)
+            if network:
+                small = pd.read_csv(RESULTS / f"recipe_judge_{data}.csv")
+                small["method"] += ", 128 × 4"
+                pairs = [(m, f"{m}, 128 × 4") for m in JUDGED]
+                table = pd.concat([table, comparisons(pd.concat([rows, small]), pairs)])
+                table["holm"] = metrics.holm(table.wilcoxon_p)
             table["95 % interval"] = [f"[{lo:+.3f}, {hi:+.3f}]" for lo, hi in zip(table.low, table.high, strict=True)]
             parts += ["Paired over patients, seeds averaged first; Wilcoxon, Holm-corrected over this table.\n",
                       table[["a", "b", "% of labels", "seeds", "difference", "95 % interval", "wilcoxon_p", "holm"]]
