@@ -95,16 +95,18 @@ SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake
 HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" threads=$(THREADS) $${data:+"data=$$data"}
 # Snakemake reads values as YAML, where a '#' would begin a comment: the folder goes in YAML's quotes (and in
 # blanks, without which it would take off the quotes first).
-FOLDER = test -z "$$DATA" || test -d "$$DATA" || { echo "DATA: there is no folder $$DATA"; exit 1; }; \
-	data="$$DATA"; test -z "$$data" || data=" '$$(cd "$$data" && pwd | sed "s/'/''/g")' "
+THERE = test -z "$$DATA" || test -e "$$DATA" || { echo "DATA: there is no folder or file $$DATA"; exit 1; }; \
+	data="$$DATA"; test -z "$$data" || data=" '$$(printf %s "$$(cd "$$(dirname "$$data")" && pwd)/$$(basename "$$data")" | \
+	sed "s/'/''/g")' "
 
 run: $(READY)
-	@$(FOLDER); $(SNAKEMAKE) $(HOW)
+	@test ! -f "$$DATA" || { echo "DATA: $$DATA is one file, and make run shows what it was made of; give the" \
+	"CAMUS folder, or make the tables"; exit 1; }; $(THERE); $(SNAKEMAKE) $(HOW)
 
 # A cell that fails is reported, and the rest goes on; the table then says what is missing. On a cluster:
 # make table1 WHERE="--profile profiles/slurm"
 table1 table2: $(READY)
-	@$(FOLDER); $(SNAKEMAKE) $@_cells --keep-going $(HOW) "grid=$$GRID" || failed=1; \
+	@$(THERE); $(SNAKEMAKE) $@_cells --keep-going $(HOW) "grid=$$GRID" || failed=1; \
 	$(SNAKEMAKE) $@ $(HOW) "grid=$$GRID" && exit $${failed:-0}
 
 plan: $(READY)

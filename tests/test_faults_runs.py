@@ -156,7 +156,8 @@ MAKE = shutil.which("make") and (ROOT / ".venv" / ".ready").exists()
     (["run", "JOBS=many"], "JOBS is a number from 1 to 999: how many notebooks run side by side"),
     (["run", "JOBS=0"], "JOBS is a number from 1 to 999"),
     (["table1", "THREADS=-1"], "THREADS is a number from 1 to 999: how many threads each of them has"),
-    (["run", "DATA=/no/such place"], "DATA: there is no folder /no/such place"),
+    (["run", "DATA=/no/such place"], "DATA: there is no folder or file /no/such place"),
+    (["run", "DATA=README.md"], "DATA: README.md is one file, .* give the CAMUS folder, or make the tables"),
     (["plan", "PROFILE=tyni"], "tyni.yaml: no such profile; choose one of"),
 ])
 def test_make_refuses_what_it_does_not_know(arguments, words):

@@ -76,6 +76,24 @@ def test_data_sets_have_names_of_their_own(tmp_path):
     assert first.results != second.results and first.tree == tmp_path / "a" / "CAMUS"
 
 
+def test_one_converted_file_is_a_data_set(lab, tmp_path):
+    """Carried to another machine it gives the same clips and runs; what it was made of is missing."""
+    carried = tmp_path / lab.hdf5.name
+    shutil.copy(lab.hdf5, carried)
+    there = Lab("smoke", carried, tmp_path / "cache")
+    assert there.store.path == carried and there.data_name == lab.data_name and not list((tmp_path / "cache").iterdir())
+    assert all(there.spec(method) == lab.spec(method) for method in ("vjepa", "supervised"))
+    assert (there.clips(there.store.rows("val"))[0] == lab.clips(lab.store.rows("val"))[0]).all()
+    with pytest.raises(CamusError, match=r"holds frames of 32 px, and this shows the files .* the CAMUS folder"):
+        _ = there.tree
+    with pytest.raises(CamusError, match="holds frames of 32 px, and profile smoke takes 64: convert the CAMUS folder"):
+        _ = Lab("smoke", carried, tmp_path / "cache", size=64).store
+    carried.write_bytes(carried.read_bytes()[:5000])
+    with pytest.raises(CamusError, match=r"32px.h5 is no CAMUS folder, nor a whole file .* copy the file again"):
+        _ = Lab("smoke", carried, tmp_path / "cache").store
+    assert carried.exists()
+
+
 def test_about_names_profile_data_seed_and_versions(lab, capsys):
     lab.about()
     text = capsys.readouterr().out

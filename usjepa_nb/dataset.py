@@ -68,7 +68,7 @@ class Dataset:
 
     Args:
         profile: name of a profile or path of a YAML file.
-        data: a CAMUS folder; empty makes the phantom.
+        data: a CAMUS folder, or the HDF5 file that was made of one; empty makes the phantom.
         cache: where data, runs and features are kept.
         seed: of labelled patients, initial weights, batches and probes.
         changes: single settings to override.
@@ -116,7 +116,14 @@ class Dataset:
 
     @property
     def tree(self) -> Path:
-        """The CAMUS tree: the given folder, or the phantom, made on first use."""
+        """The CAMUS tree: the given folder, or the phantom, made on first use.
+
+        Raises:
+            CamusError: one HDF5 file is given instead.
+        """
+        if self.converted:
+            raise CamusError(f"{self.data} holds frames of {self.profile.size} px, and this shows the files that they "
+                             "were made of: give the CAMUS folder")
         if self.data:
             return Path(self.data)
         root = self.cache / self.data_name
@@ -125,8 +132,15 @@ class Dataset:
                                 spacing=self.profile.spacing)
 
     @property
+    def converted(self) -> bool:
+        """Whether `data` is a converted file, as it is carried to a machine with a GPU."""
+        return Path(self.data).is_file()
+
+    @property
     def data_name(self) -> str:
         """A short name of the data set, for files and titles; two folders of one name differ in the suffix."""
+        if self.converted:
+            return Path(self.data).stem.removesuffix(f"-{self.profile.size}px")
         if self.data:
             return f"{Path(self.data).resolve().name}-{digest(str(Path(self.data).resolve()))[:4]}"
         p = self.profile
@@ -135,7 +149,7 @@ class Dataset:
     @property
     def hdf5(self) -> Path:
         """Where the data set's one file lies."""
-        return self.cache / f"{self.data_name}-{self.profile.size}px.h5"
+        return Path(self.data) if self.converted else self.cache / f"{self.data_name}-{self.profile.size}px.h5"
 
     def results(self, grid: str = "walk") -> Path:
         """Where the executed notebooks of a grid and its summary are put."""
@@ -144,14 +158,27 @@ class Dataset:
 
     @cached_property
     def store(self) -> store.Store:
-        """The data set as one HDF5 file, converted on first use."""
-        if not self.hdf5.exists() or self.data:
+        """The data set as one HDF5 file, converted on first use.
+
+        Raises:
+            CamusError: nothing could be converted, a patient is in two parts, or a given file has another frame size.
+        """
+        if not self.converted and (not self.hdf5.exists() or self.data):
             report = store.convert(self.tree, self.hdf5, self.profile.size)
             for message in report.refused.values():
                 print(f"refused: {message}")
             print(f"{self.hdf5.name}: {report.converted} sequences converted, {report.reused} reused, "
                   f"{len(report.refused)} refused")
-        opened = store.Store(self.hdf5)
+        try:
+            opened = store.Store(self.hdf5)
+        except CamusError as e:
+            if not self.converted:
+                raise
+            raise CamusError(f"{self.data} is no CAMUS folder, nor a whole file that was converted from one: give the "
+                             "folder, or copy the file again") from e
+        if opened.size != self.profile.size:
+            raise CamusError(f"{self.hdf5} holds frames of {opened.size} px, and profile {self.profile.name} takes "
+                             f"{self.profile.size}: convert the CAMUS folder with this profile")
         table = with_pictures(opened)
         refuse_leaks(table, self.hdf5)
         for instant in ("ED", "ES"):
