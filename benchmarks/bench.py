@@ -2,7 +2,7 @@
 
 What is compared takes turns, several rounds, and medians are divided, so that a busy machine slows both. On a CPU one
 thread is timed by its own CPU time; on a GPU the clock is read after it has come to rest. The table is printed and kept
-as data_cache/bench.json.
+as data_cache/bench.json; `--out results/bench.md` is the one of the repository.
 
     step      pre-training against the published structure (benchmarks/published_structure.py), whole and by part
     data      a clip from HDF5 against a raw memory map and against decoding NIfTI per item; augmentation; feeding
@@ -297,6 +297,15 @@ def machine(device: str) -> dict:
             "python": platform.python_version(), "torch": torch.__version__, "commit": tables.commit()}
 
 
+def as_text(content: dict) -> str:
+    """The file's content as a page to read."""
+    where = ", ".join(f"{k} {v}" for k, v in content.items() if k not in ("rows", "cpu"))
+    cell = lambda v: v if isinstance(v, str) else "–" if math.isnan(v) else f"{float(f'{v:.3g}'):g}"  # noqa: E731
+    table = pd.DataFrame(content["rows"]).map(cell).to_markdown(index=False, disable_numparse=True)
+    return (f"# Speed\n\n`make bench` on {content['cpu']}: {where}. Medians of turns taken in one run; what the rows "
+            f"are says [`benchmarks/bench.py`](../benchmarks/bench.py). Ratios are against the row of 1.\n\n{table}\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("step", "data", "probe", "making"), default=[])
@@ -312,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         print(pd.DataFrame(more).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
         content = {**machine("cpu"), "peak GiB": round(peak_memory(), 2), "rounds": a.rounds, "rows": found}
         a.out.parent.mkdir(exist_ok=True)
-        write_text(a.out, json.dumps(content, indent=1))
+        write_text(a.out, as_text(content) if a.out.suffix == ".md" else json.dumps(content, indent=1))
 
     if chosen("data"):
         add(data(a.rounds))

@@ -83,6 +83,17 @@ def test_variants_take_turns_and_medians_are_divided(monkeypatch):
     assert [r["times faster"] for r in table] == [1, 4] and [r["ms"] for r in table] == [4000, 1000]
 
 
+def test_the_page_of_the_repository_says_what_was_measured_and_where():
+    bench = load("bench")
+    rows = [*bench.rows("a clip", {"slow": 0.1, "fast": 0.05}, "slow", "clip"),
+            {"what": "making", "variant": "phantom", "ms": 1234.0, "times faster": float("nan"), "per": "patient"}]
+    text = bench.as_text({**bench.machine("cpu"), "peak GiB": 1.5, "rounds": 5, "rows": rows})
+    assert f"torch {torch.__version__}" in text and "peak GiB 1.5" in text
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    assert cells == [["what", "variant", "ms", "times faster", "per"], ["a clip", "slow", "100", "1", "clip"],
+                     ["a clip", "fast", "50", "2", "clip"], ["making", "phantom", "1230", "–", "patient"]]
+
+
 def test_bench_prints_ratios_and_keeps_them(tmp_path, capsys, monkeypatch):
     bench = load("bench")
     threads = torch.get_num_threads()
