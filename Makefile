@@ -3,7 +3,8 @@
 #   make run                 every notebook in order, at profile tiny, on the synthetic data set
 #   make run DATA=<folder>   the same on a copy of CAMUS        PROFILE=small   JOBS=4 (notebooks side by side)
 #                            THREADS=4 (of each; the numbers in results/ are those of one)
-#   make table1, make table2 the paper's tables, whole (grids/paper.yaml; another: GRID=...), in the same way
+#   make table1, make table2 the paper's tables, whole (grids/paper.yaml; another: GRID=...), in the same way; here
+#                            DATA= may also be the one HDF5 file that was made of such a folder
 #   make plan PROFILE=paper  what such tables would cost: FLOPs, memory, hours
 #   make lab                 JupyterLab on notebook 00
 #   make test                all tests (test-unit, then test-notebooks)
@@ -45,8 +46,8 @@ KNOWN := PROFILE DATA GRID JOBS THREADS TORCH PYTHON WHERE SUMMARY TFLOPS NOTEBO
 STRANGE := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$(filter-out $(KNOWN),$v)))
 $(if $(strip $(STRANGE)),$(error there is no variable $(strip $(STRANGE)); make knows $(KNOWN)))
 NUMBERS := $(shell seq 999)
-$(foreach v,JOBS THREADS,$(if $(filter 1-,$(words $($v))-$(filter-out $(NUMBERS),$($v))),,$(error $v is a number from 1 to 999: how \
-many $(if $(filter JOBS,$v),notebooks run side by side,threads each of them has))))
+number = $(if $(filter 1-,$(words $($1))-$(filter-out $(NUMBERS),$($1))),$($1),$(error $1 is a number from 1 to 999: how \
+many $(if $(filter JOBS,$1),notebooks run side by side,threads each of them has)))
 # Texts are UTF-8, whatever the locale.
 export PYTHONUTF8 := 1
 
@@ -90,9 +91,9 @@ licences: $(READY)
 	@$(BIN)/python dependencies/licences.py
 
 # --nolock: a killed run leaves no lock that the next one stumbles over; the runs have locks of their own.
-WHERE = --cores $$(($(JOBS) * $(THREADS)))
+WHERE = --cores $$(($(call number,JOBS) * $(call number,THREADS)))
 SNAKEMAKE = PATH="$(CURDIR)/$(BIN):$$PATH" snakemake
-HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" threads=$(THREADS) $${data:+"data=$$data"}
+HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFILE" threads=$(call number,THREADS) $${data:+"data=$$data"}
 # Snakemake reads values as YAML, where a '#' would begin a comment: the folder goes in YAML's quotes (and in
 # blanks, without which it would take off the quotes first).
 THERE = test -z "$$DATA" || test -e "$$DATA" || { echo "DATA: there is no folder or file $$DATA"; exit 1; }; \

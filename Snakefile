@@ -24,7 +24,8 @@ SEEDS = range(SEED, SEED + grid.seeds)
 WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_localisation", "04_lambda_ablation",
         "05_probe_segmentation", "06_qualitative_overlays", "07_static_teacher", "08_your_own_ultrasound",
         "90_solutions"]
-TRAIN, PROBE, DATASET = "03_vjepa_localisation", "05_probe_segmentation", [] if lab.converted else OUT + "/01_camus_to_hdf5.ipynb"
+TRAIN, PROBE = "03_vjepa_localisation", "05_probe_segmentation"
+DATASET = [] if lab.converted else OUT + "/01_camus_to_hdf5.ipynb"
 
 # Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
 trains = {f"{TRAIN}--{c.id}-s{s}": f"-p lam {c.lam} -p freeze {c.freeze} -p deep False -p seed {s}"
@@ -110,6 +111,7 @@ rule notebook:
         1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
     params:
         extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=GIVEN,
+        converted=lab.converted and lab.hdf5.stat().st_mtime_ns,  # another file of that name: its jobs run again
     threads: THREADS
     shell:
         "USJEPA_EXERCISE=0 OMP_NUM_THREADS={THREADS} python -m usjepa_nb.execute {input.source} {output:q} -p profile {PROFILE:q} "

@@ -302,8 +302,9 @@ def as_text(content: dict) -> str:
     where = ", ".join(f"{k} {v}" for k, v in content.items() if k not in ("rows", "cpu"))
     cell = lambda v: v if isinstance(v, str) else "–" if math.isnan(v) else f"{float(f'{v:.3g}'):g}"  # noqa: E731
     table = pd.DataFrame(content["rows"]).map(cell).to_markdown(index=False, disable_numparse=True)
-    return (f"# Speed\n\n`make bench` on {content['cpu']}: {where}. Medians of turns taken in one run; what the rows "
-            f"are says [`benchmarks/bench.py`](../benchmarks/bench.py). Ratios are against the row of 1.\n\n{table}\n")
+    return (f"# Speed\n\n`make bench` on {content['cpu']}: {where}. Medians of turns taken in one run; the rows "
+            f"are explained in [`benchmarks/bench.py`](../benchmarks/bench.py). Ratios are against the row that says 1."
+            f"\n\n{table}\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -313,7 +313,7 @@ def report():
             parts += [f"### Adapting to a tenth of the clips, followed: {where}\n",
                       "Mean DSC with 10 % of the labels on the inner fold (lowest and highest seed, seeds) after so\n"
                       "many steps; rows: the weights that VideoMAE began with, frozen blocks of 4, λ.\n",
-                      cells.to_markdown(), ""]
+                      cells.reset_index().to_markdown(index=False), ""]
         for judged in [f for f in (RESULTS / f"recipe_judge_{data}{s}.csv" for s in ("", "-ti")) if f.exists()]:
             rows, network = pd.read_csv(judged), ", ViT-Tiny" if judged.stem.endswith("-ti") else ""
             per_seed = rows.groupby(["method", "fraction", "seed"]).dsc.mean()
@@ -341,7 +341,7 @@ def report():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "follow", "judge", "report"))
-    parser.add_argument("--data", default="", help="a CAMUS folder; without it the phantom")
+    parser.add_argument("--data", default="", help="a CAMUS folder or its converted file; without it the phantom")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="names of variants or methods")
     parser.add_argument("--size", choices=[*SIZES], default="", help="of the network that is judged (tiny's)")

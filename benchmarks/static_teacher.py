@@ -136,7 +136,7 @@ def report() -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--data", default="", help="a CAMUS folder; without it the phantom")
+    parser.add_argument("--data", default="", help="a CAMUS folder or its converted file; without it the phantom")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="names of methods")
     a = parser.parse_args()

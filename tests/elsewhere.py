@@ -53,6 +53,7 @@ class Device(TorchDispatchMode):
         leaves = given is not None and torch.device(given) != THERE
         chosen = tree_leaves(args[1]) if func.overloadpacket in MIXING - {aten.copy_} else []  # by these indices
         counts = any(isinstance(t, Elsewhere) and t.dtype == torch.bool for t in chosen)  # how many are true
+        leaves |= func.overloadpacket is aten.copy_ and not isinstance(args[0], Elsewhere)
         if there and (leaves or counts or func.overloadpacket in READS):
             self.reads.append(str(func))
         wrap = there if given is None else torch.device(given) == THERE

@@ -89,7 +89,7 @@ def test_one_converted_file_is_a_data_set(lab, tmp_path):
     with pytest.raises(CamusError, match="holds frames of 32 px, and profile smoke takes 64: convert the CAMUS folder"):
         _ = Lab("smoke", carried, tmp_path / "cache", size=64).store
     carried.write_bytes(carried.read_bytes()[:5000])
-    with pytest.raises(CamusError, match=r"32px.h5 is no CAMUS folder, nor a whole file .* copy the file again"):
+    with pytest.raises(CamusError, match=r"32px.h5 is no CAMUS folder, nor a whole file .* convert and copy it again"):
         _ = Lab("smoke", carried, tmp_path / "cache").store
     assert carried.exists()
 
@@ -408,6 +408,7 @@ def test_a_run_is_told_as_it_goes_and_described_at_the_end(mine):
     assert seen == [(3, "vjepa"), (6, "vjepa"), (6, "vjepa")]  # log_every 3, six steps, then the finished run
     folder = mine.folder(mine.spec("vjepa"))
     described = json.loads((folder / "run.json").read_text())
+    assert described.pop("threads") == torch.get_num_threads()
     assert described.pop("seconds") > 0 and described == json.loads(json.dumps(mine.spec("vjepa")))
     history = pd.read_csv(folder / "history.csv")
     assert {"step", "lr", "grad_norm", "loss", "jepa", "ll", "zero", "std", "rank", "position_share"} == set(history)

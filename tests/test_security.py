@@ -133,15 +133,19 @@ def repository(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("variable", ["DATA", "PROFILE", "GRID"])
+@pytest.mark.parametrize("variable", ["DATA", "DATA, a file", "PROFILE", "GRID"])
 def test_make_passes_a_nasty_name_on_as_it_is(trap, tmp_path, variable):
     environment, folder, recorded = trap
-    value = str(folder) if variable == "DATA" else NASTY
-    done = subprocess.run(["make", "table1", f"{variable}={value}"], cwd=repository(tmp_path), env=environment,
-                          text=True, capture_output=True)
+    variable, _, file = variable.partition(", ")
+    value = str(folder) + ("-32px.h5" if file else "") if variable == "DATA" else NASTY
+    if file:
+        folder.with_name(f"{folder.name}-32px.h5").touch()
+    done = subprocess.run(["make", "table1", f"{variable}={value}", "JOBS=2", "THREADS=3"], cwd=repository(tmp_path),
+                          env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert len(recorded()) == 2
     for call in recorded():  # snakemake reads a value as YAML, so that a folder is given as YAML quotes it
+        assert call[call.index("--cores") + 1] == "6" and "threads=3" in call
         (given,) = [word.partition("=")[2] for word in call if word.startswith(f"{variable.lower()}=")]
         assert (yaml.safe_load(given) if variable == "DATA" else given) == value
 
@@ -152,7 +156,7 @@ def test_make_says_in_words_that_there_is_no_such_folder(trap, tmp_path):
     for target in ("run", "table1"):
         done = subprocess.run(["make", target, f"DATA=nowhere {NASTY}"], cwd=root, env=environment, text=True,
                               capture_output=True)
-        assert done.returncode and f"DATA: there is no folder nowhere {NASTY}" in done.stdout
+        assert done.returncode and f"DATA: there is no folder or file nowhere {NASTY}" in done.stdout
     assert not (tmp_path / "canary").exists() and not (tmp_path / "calls").exists()
 
 

@@ -50,9 +50,10 @@ def written(lab, grid_file, tmp_path_factory):
 def test_the_summary_names_data_seeds_code_and_machine(written, grid_file):
     own, content = written
     assert set(content) == {"profile", "grid", "data", "data_hash", "ed_es_only", "split", "seeds", "commit", "machine",
-                            "versions", "seconds", "missing", "effects", "table1", "rows",
+                            "versions", "seconds", "threads", "missing", "effects", "table1", "rows",
                             "command", "settings", "grid_settings", "code", "lock", "packages"}
     assert (content["profile"], content["grid"], content["seeds"]) == ("smoke", "mine", [0])
+    assert content["threads"] == [torch.get_num_threads()]
     assert content["data_hash"] == own.store.data_hash and content["versions"]["torch"] == torch.__version__
     assert json.loads((own.results(grid_file) / "summary.json").read_text()) == content
     assert not (own.cache / "runs" / "smoke" / "summary.json").exists()  # that one is the walk's

@@ -138,7 +138,7 @@ class Dataset:
 
     @property
     def data_name(self) -> str:
-        """A short name of the data set, for files and titles; two folders of one name differ in the suffix."""
+        """A short name of the data set, for files and titles; folders of one name differ in the suffix, files do not."""
         if self.converted:
             return Path(self.data).stem.removesuffix(f"-{self.profile.size}px")
         if self.data:
@@ -174,8 +174,8 @@ class Dataset:
         except CamusError as e:
             if not self.converted:
                 raise
-            raise CamusError(f"{self.data} is no CAMUS folder, nor a whole file that was converted from one: give the "
-                             "folder, or copy the file again") from e
+            raise CamusError(f"{self.data} is no CAMUS folder, nor a whole file that this version converted from one: "
+                             "give the folder, or convert and copy it again") from e
         if opened.size != self.profile.size:
             raise CamusError(f"{self.hdf5} holds frames of {opened.size} px, and profile {self.profile.name} takes "
                              f"{self.profile.size}: convert the CAMUS folder with this profile")

@@ -38,7 +38,7 @@ class Figure(matplotlib.figure.Figure):
 
 
 def png(figure):
-    """A figure as PNG bytes; a palette of 256 colours, far apart at first so that a legend's are kept, halve it."""
+    """A figure as PNG bytes; a palette of 256 colours (chosen far apart, for a legend's to be kept) halves its size."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     palette = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, 2, dither=Image.Dither.NONE)

@@ -17,7 +17,8 @@ from usjepa_nb.masking import Masks
 from usjepa_nb.objectives import VJEPA
 from usjepa_nb.vit import gather
 
-SOURCES = ("predicted", "predicted, encoder blanked", "context", "context, no image", "context, no position")
+SOURCES = ("predicted", "predicted, encoder blanked", "context", "context, no image", "context, no position",
+           "context, neither")
 
 
 @dataclass
@@ -36,7 +37,7 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
         source: "predicted" is what the paper locates, the predictor's output at the hidden places; "predicted, encoder
             blanked" the same with the encoder's features set to zero; "context" the encoder's visible tokens;
             "context, no image" the same for clips of one grey value; "context, no position" the same when the encoder
-            is not told where they lie.
+            is not told where they lie; "context, neither" with neither image nor position: all alike.
 
     Raises:
         ValueError: another source.
@@ -46,8 +47,8 @@ def tokens(objective: VJEPA, grey: Tensor, source: str, generator: Generator) ->
     p = objective.p
     allowed = masking.sector_tokens(grey, p.tubelet_size).cpu() if p.sector_aware else None
     masks = objective.masks(len(grey), allowed, generator)[0]
-    x = standardise(torch.zeros_like(grey) if source == "context, no image" else grey)
-    z = objective.encoder(x, masks.context, masks.context_valid, placed=source != "context, no position")
+    x = standardise(torch.zeros_like(grey) if source in ("context, no image", "context, neither") else grey)
+    z = objective.encoder(x, masks.context, masks.context_valid, placed=source not in SOURCES[4:])
     if source.startswith("context"):
         return Tokens(z, masks.swapped())
     return Tokens(objective.predictor(z * (source == "predicted"), masks), masks)

@@ -163,7 +163,8 @@ class Lab(Dataset):
                 yield Run(folder, spec, objective.features, history, objective)
         objective.to("cpu")
         if fabric.is_global_zero:
-            write_text(folder / "run.json", json.dumps({**spec, "seconds": time.time() - begun}, indent=1))
+            took = {"seconds": time.time() - begun, "threads": torch.get_num_threads()}
+            write_text(folder / "run.json", json.dumps(spec | took, indent=1))
 
 
 def one_of_several(lab: Lab, spec: dict, rank: int, port: int) -> None:

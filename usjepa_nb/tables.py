@@ -136,21 +136,23 @@ def summary(lab: Lab, grid: str = "walk") -> dict:
     """Both tables of a grid from what is on disk, what is missing, provenance (`manifest`) and seconds per stage."""
     g = lab.grid(grid)
     scores, missing = collect(lab, g.cells, g.fractions, g.seeds, train=False)
-    trained = {}
+    trained, threads = {}, set()
     for other in seeded(lab, g.seeds):
         for c in (c for c in g.cells if c.method not in (*UNTRAINED, "prior")):
             for f in g.fractions if c.method in END_TO_END else (100,):
                 file = other.folder(other.spec(c.method, c.lam, c.freeze, f)) / "run.json"
                 if file.exists():
                     name = f"train {c.id}" + (f" {f}%" if c.method in END_TO_END else "") + f" seed {other.seed}"
-                    trained[name] = json.loads(file.read_text())["seconds"]
+                    run = json.loads(file.read_text())
+                    trained[name], threads = run["seconds"], threads | {run.get("threads")}  # older runs did not say
     as_json = lambda table: json.loads(table.to_json(orient="records"))  # noqa: E731
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {"profile": lab.profile.name, "grid": g.name, "data": lab.data_name, "data_hash": lab.store.data_hash,
             "ed_es_only": bool(lab.store.ed_es_only), "split": lab.store.split_note,
             "seeds": [lab.seed + k for k in range(g.seeds)], "commit": commit(),
             "machine": f"{platform.machine()}, Python {platform.python_version()}" + (f", {gpu}" if gpu else ""),
-            "versions": {p: version(p) for p in PACKAGES}, "seconds": trained, "missing": as_json(missing),
+            "versions": {p: version(p) for p in PACKAGES}, "seconds": trained,
+            "threads": sorted(threads - {None}), "missing": as_json(missing),
             "effects": as_json(effects(scores, g.table2, g.fractions)),
             "table1": as_json(rows(scores, g.table1, "val")),
             "rows": as_json(rows(scores, g.table2, "test")), **manifest.manifest(lab, grid)}

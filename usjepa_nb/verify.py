@@ -15,7 +15,7 @@ from pathlib import Path
 from usjepa_nb import manifest, tables
 
 MAY_DIFFER = {"seconds", "commit", "machine", "command", "code", "lock", "packages"}
-SINCE = {"settings", "grid_settings"}  # an older summary has not got them
+SINCE = {"settings", "grid_settings", "threads"}  # an older summary has not got them
 
 
 def check(path: Path, data: str = "", cache: str = "data_cache", redo: bool = False) -> list[str]:

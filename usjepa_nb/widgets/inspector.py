@@ -48,9 +48,8 @@ def load(lab, folder) -> VJEPA:
 
 def sources(objective: VJEPA) -> tuple[str, str]:
     """What the loss was asked of, with the image and without (names of `lens.SOURCES`)."""
-    predicted, blanked, context, no_image, no_position = lens.SOURCES
-    return {"predicted": (predicted, blanked), "context": (context, no_image),
-            "unplaced": (no_position, no_image)}[objective.p.ll_on]
+    first = {"predicted": 0, "context": 2, "unplaced": 4}[objective.p.ll_on]
+    return lens.SOURCES[first:first + 2]
 
 
 def head_of(lab, objective: VJEPA, source: str):
