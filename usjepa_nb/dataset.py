@@ -138,7 +138,7 @@ class Dataset:
 
     @property
     def data_name(self) -> str:
-        """A short name of the data set, for files and titles; folders of one name differ in the suffix, files do not."""
+        """A short name of the data set, for files, titles. Folders of one name differ in the suffix, files do not."""
         if self.converted:
             return Path(self.data).stem.removesuffix(f"-{self.profile.size}px")
         if self.data:
