@@ -14,7 +14,7 @@
 #   make test-slurm          the grid on a SLURM of one node that is started for it (Debian; about 12 minutes)
 #   make verify              is the result table what data, runs and code give? (another file: SUMMARY=...)
 #   make weights             pre-train the weights that weights/ ships again (about half an hour, and the data)
-#   make bench               ratios of speed, also as data_cache/bench.json (about 15 minutes)
+#   make bench               ratios of speed, also as data_cache/bench.json (about 7 minutes)
 #   make fuzz                the readers on damaged files, SECONDS=30 for each
 #   make load                30 readers of one file while it is converted, and the memory that 10,000 sequences take
 #   make lock, make licences the versions of all packages with their hashes; their licences
