@@ -267,7 +267,7 @@ def judge(data, seeds, only, size):
 
 COMPARED = [(m, "random") for m in ("videomae", "vjepa", "vjepa_ll", "vjepa_ll 0.9", "initial")] + [
     ("vjepa", "videomae"), ("vjepa_ll", "vjepa"), ("vjepa_ll 0.9", "vjepa"), ("vjepa", "supervised"),
-    ("finetuned", "supervised"), ("supervised", "unet")]
+    ("finetuned", "supervised"), ("supervised", "unet"), ("finetuned", "unet")]
 
 
 def comparisons(rows: pd.DataFrame, compared=COMPARED) -> pd.DataFrame:
