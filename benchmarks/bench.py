@@ -268,7 +268,7 @@ def probing(size: str, rounds: int, device: str = "cpu") -> list[dict]:
 
 
 def making(rounds: int) -> list[dict]:
-    """Seconds a patient for the phantom and its conversion: one worker, on the wall, since the worker has the clock."""
+    """Seconds a patient for the phantom and its conversion: on the wall, since a worker does it."""
     out = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:

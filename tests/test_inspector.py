@@ -1,5 +1,7 @@
 """The inspector: a click and a control lead to the same pair, and every checkpoint answers for itself."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,13 @@ def smoke_copy(lab, **changes):
     other = copy.copy(lab)
     other.profile = lab.profile.replace(**changes)
     return other
+
+
+@pytest.mark.parametrize(("ll_on", "asked"), [
+    ("predicted", ("predicted", "predicted, encoder blanked")), ("context", ("context", "context, no image")),
+    ("unplaced", ("context, no position", "context, neither"))])
+def test_without_the_image_is_the_loss_own_question_without_it(ll_on, asked):
+    assert inspector.sources(SimpleNamespace(p=SimpleNamespace(ll_on=ll_on))) == asked
 
 
 def test_without_the_image_the_tokens_are_the_lens_blanked_ones(lab, runs, widget):
