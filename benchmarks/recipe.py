@@ -35,7 +35,8 @@ UNIFORM = {"lr": 5e-4, "encoder_lr": 1.0}
 VARIANTS = {
     "random": ("frozen random encoder", "random", {}),
     "videomae": ("VideoMAE alone, positions (t, y, x)", "videomae", {}),
-    "videomae-1d": ("VideoMAE alone, published positions 0…N-1", "videomae", {"decoder_positions": "sincos1d"}),
+    "videomae-1d": ("VideoMAE alone, published positions 0…N-1", "videomae",
+                    {"decoder_positions": "sincos1d", "init": "random"}),
     "shipped-videomae": ("shipped VideoMAE weights, phantom only, not adapted", "initial",
                          {"init": "weights/videomae-phantom.pt"}),
     "shipped-vjepa": ("shipped V-JEPA weights, phantom only, not adapted", "initial",
@@ -86,6 +87,7 @@ VARIANTS = {
     "predictor-large": ("predictor 128 wide, 4 deep", "vjepa", {"predictor_width": 128, "predictor_depth": 4}),
     "mirrored": ("published augmentation, mirrored hearts", "vjepa", {"augmentation": "published"}),
     "no-augmentation": ("no augmentation", "vjepa", {"augmentation": "none"}),
+    "clip-step": ("clips: every 4th frame, the last repeated, as in the paper", "vjepa", {"clip_rule": "step"}),
     "variance": ("variance–covariance term, weight 0.1", "vjepa", {"variance": 0.1}),
     "scratch": ("from random weights, 1500 steps", "vjepa", SCRATCH),
     "scratch-blocks": ("from random weights, published masks", "vjepa", {**SCRATCH, "mask": "multiblock"}),

@@ -103,10 +103,18 @@ def test_a_probe_takes_the_steps_that_fit_takes():
     assert planned.state > 3 * cost.held(fitted["probe"])
 
 
-def test_shapes_that_depend_on_values_are_refused_in_a_sentence():
-    p = P.replace(variance=0.1, mask_rule="pad")
-    with pytest.raises(cost.Uncountable, match="variance 0"):
-        counted(cost.objective(p, p.frames, "vjepa"), clips(), p)
+@pytest.mark.parametrize("ll_on", ["predicted", "context", "unplaced"])
+@pytest.mark.parametrize("method", ["vjepa", "salt"])
+def test_what_ll_takes_is_what_a_step_without_it_does_not(method, ll_on):
+    p = P.replace(ll_on=ll_on)
+    both, without = cost.training(p, p.frames, method, 0, [clips()]), cost.objective(p, p.frames, method)
+    assert both.ll > 0 and both.flops - both.ll == counted(without, clips(), p).flops
+
+
+def test_a_variance_term_beside_padding_is_counted():
+    p = P.replace(mask_rule="pad")
+    plain, more = (counted(cost.objective(q, q.frames, "vjepa"), clips(), q) for q in (p, p.replace(variance=0.1)))
+    assert more.flops > plain.flops and more.parts == plain.parts
 
 
 def test_speed_is_measured_and_said():

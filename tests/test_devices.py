@@ -62,6 +62,7 @@ def step(objective, batch, seed=0, device=None):
 @pytest.mark.parametrize(("method", "changes"), [
     ("vjepa", {}), ("vjepa", {"mask": "multiblock", "one_pass": True}), ("vjepa", {"sector_aware": False}),
     ("vjepa", {"target_layers": 1, "centre": 0.0, "beta": 0.0, "variance": 0.1}),
+    ("vjepa", {"variance": 0.1, "mask_rule": "pad"}),
     ("vjepa_ll", {}), ("vjepa_ll", {"ll_on": "context", "mask": "multiblock"}), ("vjepa_ll", {"mask_rule": "pad"}),
     ("vjepa_ll", {"ll_on": "unplaced"}),
     ("salt", {}), ("videomae", {}), ("teacher", {}), ("supervised", {}), ("supervised", {"sector_aware": False}),

@@ -444,6 +444,20 @@ def test_an_interrupted_run_is_not_taken_for_finished(mine, monkeypatch):
     assert len(mine.encoder("vjepa").history) == 6
 
 
+def test_the_seconds_of_a_stopped_run_count_while_its_checkpoint_is_there(mine):
+    folder, took = mine.folder(mine.spec("vjepa")), lambda: json.loads((folder / "run.json").read_text())["seconds"]
+    stopped = mine.training("vjepa")
+    next(stopped)
+    stopped.close()
+    assert 0 < float((folder / "seconds").read_text()) < 1000
+    (folder / "seconds").write_text("1000")
+    mine.encoder("vjepa")
+    assert 1000 < took() < 2000
+    (folder / "checkpoint.pt").unlink()
+    again(mine).encoder("vjepa")
+    assert 0 < took() < 1000
+
+
 def test_a_half_written_checkpoint_of_a_killed_process_is_cleared_away(mine):
     folder = mine.folder(mine.spec("vjepa"))
     folder.mkdir(parents=True)

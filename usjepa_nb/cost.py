@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import torch
 from torch import Generator, Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
@@ -34,10 +34,6 @@ ATTENTION = {
 FLOP = {"MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
 BYTE = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SECOND = {"s": 1, "minutes": 60, "hours": 3600}
-
-
-class Uncountable(ValueError):
-    """An objective whose shapes depend on values; the message names the remedy."""
 
 
 @dataclass
@@ -82,9 +78,6 @@ def step(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Cost:
 
     Args:
         loss: runs the module.
-
-    Raises:
-        Uncountable: a shape depends on values that a fake tensor does not have.
     """
     own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     kept = {}
@@ -95,14 +88,10 @@ def step(module: nn.Module, loss: Callable[[], Tensor], precision: str) -> Cost:
         return t
 
     module.zero_grad()
-    try:
-        with counter() as flops:
-            with autocast(precision, "cpu"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                value = loss()
-            value.backward()
-    except DynamicOutputShapeException as e:
-        raise Uncountable("the shapes of this objective depend on values, so it cannot be counted: plan with variance "
-                          "0, or with a mask_rule other than pad") from e
+    with counter() as flops:
+        with autocast(precision, "cpu"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            value = loss()
+        value.backward()
     optimizer = torch.optim.AdamW(parameter_groups(module))
     optimizer.step()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -182,14 +171,19 @@ def training(p: Profile, frames: int, method: str, freeze: int, batches: Iterabl
                    "vjepa": (f"V-JEPA + LL, {freeze}/{p.depth} blocks frozen", p.steps),
                    "supervised": ("ViT and probe, end to end", p.supervised_steps),
                    "unet": ("U-Net, end to end", p.supervised_steps)}[method]
-    with_ll = method in ("vjepa", "salt")
-    module = objective(p, frames, "vjepa_ll" if method == "vjepa" else method, 0.5 if with_ll else 1.0, freeze)
-    counted = []
-    for k, batch in enumerate(tqdm(batches, desc=f"counting {name}", leave=False)):
-        loss = lambda batch=batch, k=k: module(batch, Generator().manual_seed(k))["loss"]  # noqa: E731
-        counted.append(step(module, loss, p.precision))
+    with_ll, batches = method in ("vjepa", "salt"), list(batches)
+
+    def count(method, lam=1.0):
+        module = objective(p, frames, method, lam, freeze)
+        for k, batch in enumerate(tqdm(batches, desc=f"counting {name}", leave=False)):
+            loss = lambda batch=batch, k=k: module(batch, Generator().manual_seed(k))["loss"]  # noqa: E731
+            yield step(module, loss, p.precision)
+
+    counted = [*count("vjepa_ll" if method == "vjepa" else method, 0.5 if with_ll else 1.0)]
     mean = lambda values: sum(values) / len(counted)  # noqa: E731
     ll, target = (mean(c.parts.get(part, 0) for c in counted) for part in ("head", "target_encoder"))
+    if with_ll and p.ll_on == "unplaced":  # LL has a pass of the encoder to itself
+        ll = mean(c.flops for c in counted) - mean(c.flops for c in count(method))
     return Stage(name, steps, mean(c.flops for c in counted), counted[0].state, max(c.kept for c in counted),
                  ll, target)
 

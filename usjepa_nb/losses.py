@@ -108,10 +108,12 @@ def variance_covariance(z: Tensor, valid: Tensor | None = None) -> Tensor:
     A hinge on each feature's standard deviation at 1, and a twenty-fifth of the mean squared covariance of different
     features (VICReg's weights 25 and 1).
     """
-    x = z.flatten(0, 1) if valid is None else z[valid]
-    x = x - x.mean(0)
-    std = (x.var(0) + 1e-4).sqrt()
-    covariance = x.T @ x / (len(x) - 1)
+    x = z.flatten(0, 1)
+    counts = x.new_ones(len(x), 1) if valid is None else valid.flatten()[:, None].to(x)
+    x = x.where(counts > 0, 0)  # not x[valid]: how many rows that has would be read back from a GPU
+    x = (x - x.sum(0) / counts.sum()) * counts
+    covariance = x.T @ x / (counts.sum() - 1)
+    std = (covariance.diagonal() + 1e-4).sqrt()
     off = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - std).mean() + off / x.shape[-1] / 25
 

@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         g = grid.load(given.grid, p.depth, initial=p.init != "random")
         data = look(given.profile, p, given.data)
         found = stages(p, data, g)
-    except (ProfileError, GridError, camus.CamusError, cost.Uncountable) as error:
+    except (ProfileError, GridError, camus.CamusError) as error:
         print(error, file=sys.stderr)
         return 1
     rate, words = speed(p, data, given.tflops)

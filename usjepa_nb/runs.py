@@ -149,7 +149,8 @@ class Lab(Dataset):
         else:
             few = spec["fraction"]  # None: all of them, with and without labels
             batches = self.batches(self.labelled(few) if few else self.store.rows("train"), fabric.device)
-        rows, begun, first = [], time.time(), pretrain.steps_done(checkpoint)
+        rows, begun, first, spent = [], time.time(), pretrain.steps_done(checkpoint), folder / "seconds"
+        before = float(spent.read_text()) if first and spent.exists() else 0.0  # a stopped run's, up to its checkpoint
         steps = pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch)
         for row in memory.during(steps, label(spec), memory.TRAINING):
             rows.append(row)
@@ -160,10 +161,11 @@ class Lab(Dataset):
                 history = pd.DataFrame(rows)
                 if fabric.is_global_zero:
                     write_text(folder / "history.csv", history.to_csv(index=False))
+                    write_text(spent, str(before + time.time() - begun))
                 yield Run(folder, spec, objective.features, history, objective)
         objective.to("cpu")
         if fabric.is_global_zero:
-            took = {"seconds": time.time() - begun, "threads": torch.get_num_threads()}
+            took = {"seconds": before + time.time() - begun, "threads": torch.get_num_threads()}
             write_text(folder / "run.json", json.dumps(spec | took, indent=1))
 
 
