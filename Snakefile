@@ -88,16 +88,16 @@ rule table2_cells:
 REPORT = ("OMP_NUM_THREADS=1 python -m usjepa_nb.execute notebooks/{params.source}.ipynb {OUT:q}/{rule}.ipynb --html "
           "-p profile {PROFILE:q} -p grid {GRID:q} -p missing show -p seed {SEED} {params.data} && "
           "python -m usjepa_nb.tables {PROFILE:q} {SEED} {GRID:q} {DATA:q}")
-GIVEN = f"-p data {shlex.quote(DATA)}" if DATA else ""
+GIVEN = f"-p data {shlex.quote(DATA)}" if DATA else ""  # from a function: in a string braces would be filled in
 
 
 rule table1:
-    params: source="04_lambda_ablation", data=GIVEN
+    params: source="04_lambda_ablation", data=lambda w: GIVEN
     shell: REPORT
 
 
 rule table2:
-    params: source=PROBE, data=GIVEN
+    params: source=PROBE, data=lambda w: GIVEN
     shell: REPORT
 
 
@@ -110,7 +110,7 @@ rule notebook:
     priority: lambda w: 3 if "--supervised" in w.name else 2 if "--vjepa-lam1-f0-" in w.name else \
         1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
     params:
-        extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=GIVEN,
+        extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=lambda w: GIVEN,
         converted=lab.converted and lab.hdf5.stat().st_mtime_ns,  # another file of that name: its jobs run again
     threads: THREADS
     shell:

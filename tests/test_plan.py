@@ -107,8 +107,8 @@ def test_numbers_share_the_largest_unit_that_fits():
 
 def test_clips_are_those_of_the_lab(tmp_path_factory, data):
     lab = smoke_lab(tmp_path_factory)
-    camus = plan.look("smoke", P, str(lab.tree))
-    for looked in (data, camus):
+    camus, converted = (plan.look("smoke", P, str(there)) for there in (lab.tree, lab.hdf5))
+    for looked in (data, camus, converted):
         assert looked.clips == {part: len(lab.store.rows(part, labelled=True)) for part in ("train", "val", "test")}
         assert [looked.train(f) for f in (100, 50, 10)] == [len(lab.labelled(f)) for f in (100, 50, 10)]
         assert looked.frames == lab.frames and [len(v) for v in looked.views] == [P.batch] * 2

@@ -19,7 +19,7 @@ from smoke_lab import smoke_lab
 from test_camus import write_lists, write_patient
 from test_repository import texts
 
-NASTY = """a b 'c' "d"; touch $CANARY; $(touch $CANARY) `touch $CANARY` & touch $CANARY | #e"""
+NASTY = """a b 'c' "d"; touch $CANARY; $(touch $CANARY) `touch $CANARY` & touch $CANARY | #e {f} {{g}}"""
 
 
 # --- what is written

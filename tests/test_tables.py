@@ -172,13 +172,24 @@ def test_the_tables_are_printed_with_where_they_lie(written, grid_file, monkeypa
     own, content = written
     monkeypatch.setattr(dataset, "ROOT", own.cache.parent)
     monkeypatch.setattr(pretrain, "train", lambda *a, **k: pytest.fail("nothing is trained here"))
-    tables.main("smoke", "0", grid_file)
+    assert tables.main(["smoke", "0", grid_file]) == 0
     text = capsys.readouterr().out
     assert "Table 2: mean DSC over 4 test videos (phantom-10x1.2mm, video, one seed)" in text and "Table 1" in text
     first = content["effects"][0]
     assert f"100 %  {first['a']} minus frozen random encoder: {first['difference']:+.3f} [" in text
     assert "DSC, 100 % of labels" in text and text.index("100 %") < text.index("10 %")
     assert f"{content['rows'][0]['dsc']:.3f}" in text and "data_cache/notebooks/smoke-mine/summary.json" in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["none"], "no such profile"), (["smoke", "0", "none"], "no such grid"), (["smoke", "-1"], "seed = -1"),
+    (["smoke", "0", "walk", "/nowhere"], "holds no patient")])
+def test_a_bad_argument_gets_a_sentence(arguments, words, capsys):
+    if arguments[1:2] == ["-1"]:
+        arguments = ["--", *arguments]
+    assert tables.main(arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
 
 
 # --- verify

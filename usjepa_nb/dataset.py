@@ -152,9 +152,9 @@ class Dataset:
         return Path(self.data) if self.converted else self.cache / f"{self.data_name}-{self.profile.size}px.h5"
 
     def results(self, grid: str = "walk") -> Path:
-        """Where the executed notebooks of a grid and its summary are put."""
+        """Where the executed notebooks of a grid and its summary are put: no braces, which Snakemake would fill in."""
         parts = [self.profile.name, self.data_name if self.data else "", "" if grid == "walk" else Path(grid).stem]
-        return self.cache / "notebooks" / "-".join(p for p in parts if p)
+        return self.cache / "notebooks" / "-".join(filter(None, parts)).translate(str.maketrans("{}", "()"))
 
     @cached_property
     def store(self) -> store.Store:

@@ -58,34 +58,42 @@ class Data:
 
 
 def look(name: str, p: Profile, data: str) -> Data:
-    """Count the patients of a CAMUS folder, or of the phantom, and look at SAMPLE of them where sectors matter.
+    """Count the patients of a CAMUS folder, of its converted file, or of the phantom, and look at SAMPLE of them where
+    sectors matter.
 
     Raises:
         CamusError: nobody there to train on.
     """
     frames, batch = p.frames, p.batch // p.devices
-    if data:
+    if converted := Path(data).is_file():
+        lab = Dataset(name, data)
+        clips, table = {k: len(lab.store.rows(k, labelled=True)) for k in PARTS}, lab.store.table
+        train, frames = table.loc[lab.store.rows("train", labelled=True), "patient"].unique(), lab.frames
+    elif data:
         entries = [e for e in camus.scan(data) if any("_gt" in role for role in e.files)]
         part, _ = camus.splits(data, [e.patient for e in entries])
         clips = {k: sum(part[e.patient] == k for e in entries) for k in PARTS}
         train = list(dict.fromkeys(e.folder for e in entries if part[e.patient] == "train"))
         frames = frames if any("sequence" in e.files for e in entries) else 2 * p.tubelet
-        if not train:
-            raise camus.CamusError(f"{data} has no training patient with masks: give a larger part of CAMUS.")
     else:
         lists = {f"subgroup_{k}.txt": names for k, names in phantom.split(p.patients, p.phantom_seed).items()}
         clips, train = {k: len(VIEWS) * len(lists[file]) for k, file in PARTS.items()}, lists[PARTS["train"]]
+    if not len(train):
+        raise camus.CamusError(f"{data} has no training patient with masks: give a larger part of CAMUS.")
     note = f"{len(train)} training patients; clips with labels: " + ", ".join(f"{n} {k}" for k, n in clips.items())
     if not p.sector_aware:  # then no value of a pixel matters
         blank = torch.zeros(batch, frames, p.size, p.size)
         return Data(len(train), clips, frames, blank.byte(), [blank] * DRAWS, note)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        few = Path(folder) / "few"
-        few.mkdir()
-        for patient in train[:SAMPLE] if data else ():
-            (few / patient.name).symlink_to(patient.resolve())
-        lab = Dataset(name, str(few) if data else "", folder, patients=SAMPLE)
+        if not converted:
+            few = Path(folder) / "few"
+            few.mkdir()
+            for patient in train[:SAMPLE] if data else ():
+                (few / patient.name).symlink_to(patient.resolve())
+            lab = Dataset(name, str(few) if data else "", folder, patients=SAMPLE)
         rows = lab.store.rows("train")
+        if converted:
+            rows = rows[table["patient"][rows].isin(train[:SAMPLE]).to_numpy()]
         draw = lab.batches(rows)
         views = [draw(Generator().manual_seed(k), batch) for k in range(DRAWS)]
         stored = torch.from_numpy(lab.clips(rows)[0])
@@ -201,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m usjepa_nb.plan", description=__doc__.split("\n")[0])
     parser.add_argument("profile", nargs="?", default="tiny")
     parser.add_argument("--grid", default="paper", help="name of a grid, or path of a YAML file (paper)")
-    parser.add_argument("--data", default="", metavar="CAMUS", help="a CAMUS folder (the phantom)")
+    parser.add_argument("--data", default="", metavar="CAMUS", help="a CAMUS folder, or its converted file (the phantom)")
     parser.add_argument("--tflops", type=float, metavar="X",
                         help="TFLOP/s that a device sustains in the profile's precision (measured on this machine)")
     given = parser.parse_args(argv)

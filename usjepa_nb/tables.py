@@ -1,10 +1,11 @@
 """The paper's two tables: scores of a grid's cells, over seeds, paired over patients, with whatever is missing.
 
-`python -m usjepa_nb.tables PROFILE [SEED] [GRID] [DATA]` prints table 2 and writes summary.json.
+`python -m usjepa_nb.tables PROFILE [SEED] [GRID] [DATA]` prints them and writes summary.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import platform
@@ -167,9 +168,25 @@ def write(lab: Lab, grid: str = "walk") -> dict:
     return content
 
 
-def main(profile: str = "tiny", seed: str = "0", grid: str = "walk", data: str = "") -> None:
-    lab = Lab(profile, data, seed=int(seed))
-    content = write(lab, grid)
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m usjepa_nb.tables", description=__doc__.split("\n")[0])
+    for name, default, words in (("profile", "tiny", "name, or path of a YAML file"), ("seed", 0, "of the first runs"),
+                                 ("grid", "walk", "name, or path of a YAML file"),
+                                 ("data", "", "a CAMUS folder or its converted file; without it the phantom")):
+        parser.add_argument(name, nargs="?", default=default, type=type(default), help=words)
+    a = parser.parse_args(argv)
+    try:
+        lab = Lab(a.profile, a.data, seed=a.seed)
+        show(lab, write(lab, a.grid), a.grid)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def show(lab: Lab, content: dict, grid: str) -> None:
+    """Print what `write` returned."""
     kind = "ED/ES only" if lab.store.ed_es_only else "video"
     seeds = f"{len(content['seeds'])} seeds" if len(content["seeds"]) > 1 else "one seed"
     for key, split, title in (("table1", "validation", "Table 1"), ("rows", "test", "Table 2")):
@@ -193,4 +210,4 @@ def main(profile: str = "tiny", seed: str = "0", grid: str = "walk", data: str =
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())
