@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m usjepa_nb.plan", description=__doc__.split("\n")[0])
     parser.add_argument("profile", nargs="?", default="tiny")
     parser.add_argument("--grid", default="paper", help="name of a grid, or path of a YAML file (paper)")
-    parser.add_argument("--data", default="", metavar="CAMUS", help="a CAMUS folder, or its converted file (the phantom)")
+    parser.add_argument("--data", default="", metavar="CAMUS",
+                        help="a CAMUS folder, or its converted file (the phantom)")
     parser.add_argument("--tflops", type=float, metavar="X",
                         help="TFLOP/s that a device sustains in the profile's precision (measured on this machine)")
     given = parser.parse_args(argv)
