@@ -32,6 +32,7 @@ SIZE = {"patients": 240, "phantom_seed": 2000, "batch": 16, "videomae_steps": 30
 SCRATCH = {"init": "random", "steps": 1500, "encoder_lr": 1.0}
 ADAPTED = {"init_videomae": "weights/videomae-phantom.pt"}
 UNIFORM = {"lr": 5e-4, "encoder_lr": 1.0}
+SAME = {"init": "recipe's VideoMAE"}  # of settings that VideoMAE has too, V-JEPA's alone changes
 VARIANTS = {
     "random": ("frozen random encoder", "random", {}),
     "videomae": ("VideoMAE alone, positions (t, y, x)", "videomae", {}),
@@ -66,7 +67,8 @@ VARIANTS = {
     "blocks": ("masks: multi-block, as published", "vjepa", {"mask": "multiblock"}),
     "hidden-50": ("masks: half of the places hidden", "vjepa", {"hidden": 0.5}),
     "hidden-85": ("masks: 85 % hidden", "vjepa", {"hidden": 0.85}),
-    "all-tokens": ("tokens outside the sector kept", "vjepa", {"sector_aware": False}),
+    "all-tokens": ("tokens outside the sector kept", "vjepa",
+                   {"sector_aware": False, **SAME}),
     "ema-998": ("EMA from 0.998, as published", "vjepa", {"ema": 0.998}),
     "frozen-teacher": ("EMA off: the target stays the initial weights; online encoder probed", "vjepa",
                        {"ema": 0.999999, "online": True}),
@@ -80,13 +82,13 @@ VARIANTS = {
     "uniform-ll-0.25": ("one learning rate, 5e-4; LL as in the paper, λ 0.25", "vjepa_ll", UNIFORM | {"lam": 0.25}),
     "lr-half": ("half the learning rate", "vjepa", {"lr": 5e-4}),
     "lr-double": ("twice the learning rate", "vjepa", {"lr": 2e-3}),
-    "batch-4": ("batch of 4, four times the steps", "vjepa", {"batch": 4, "steps": 2400}),
+    "batch-4": ("batch of 4, four times the steps", "vjepa", {"batch": 4, "steps": 2400, **SAME}),
     "steps-300": ("half the steps", "vjepa", {"steps": 300}),
     "steps-1200": ("twice the steps", "vjepa", {"steps": 1200}),
     "predictor-small": ("predictor 48 wide, 1 deep", "vjepa", {"predictor_width": 48, "predictor_depth": 1}),
     "predictor-large": ("predictor 128 wide, 4 deep", "vjepa", {"predictor_width": 128, "predictor_depth": 4}),
-    "mirrored": ("published augmentation, mirrored hearts", "vjepa", {"augmentation": "published"}),
-    "no-augmentation": ("no augmentation", "vjepa", {"augmentation": "none"}),
+    "mirrored": ("published augmentation, mirrored hearts", "vjepa", {"augmentation": "published", **SAME}),
+    "no-augmentation": ("no augmentation", "vjepa", {"augmentation": "none", **SAME}),
     "clip-step": ("clips: every 4th frame, the last repeated, as in the paper", "vjepa", {"clip_rule": "step"}),
     "variance": ("variance–covariance term, weight 0.1", "vjepa", {"variance": 0.1}),
     "scratch": ("from random weights, 1500 steps", "vjepa", SCRATCH),
@@ -180,6 +182,9 @@ def tune(data, seeds, only):
             words, method, changes = VARIANTS[name]
             what = {k: v for k, v in changes.items() if k in ("lam", "freeze", "online")}
             settings = SIZE | {k: v for k, v in changes.items() if k not in (*what, "clips")}
+            if changes.get("init") == SAME["init"]:
+                good = InnerFold("tiny", data, seed=seed, **SIZE).encoder("videomae")
+                settings["init"] = str(good.folder / "checkpoint.pt")
             lab = (FewClips if "clips" in changes else InnerFold)("tiny", data, seed=seed, **settings)
             run = lab.encoder(method, what.get("lam", 1.0), what.get("freeze", 0))
             dsc, all_labels = (per_patient(lab, method, f, "val", **what) for f in (10, 100))

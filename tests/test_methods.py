@@ -206,6 +206,14 @@ def test_init_videomae_starts_from_the_videomae_run(lab, method, lam):
         assert not same(mine.encoder(method, lam).encoder, run.encoder)  # and goes on from there
 
 
+def test_a_videomae_run_may_be_given_by_its_checkpoint(lab):
+    named, path = variant(lab, init="videomae"), lab.encoder("videomae").folder / "checkpoint.pt"
+    given = variant(lab, init=str(path), teacher=str(path), teacher_width=lab.profile.width,
+                    teacher_depth=lab.profile.depth, teacher_heads=lab.profile.heads)
+    assert same(given.objective(given.spec("vjepa")).encoder, named.objective(named.spec("vjepa")).encoder)
+    assert same(given.objective(given.spec("salt")).target_encoder, lab.encoder("videomae").encoder)
+
+
 def test_init_videomae_leaves_videomae_and_random_alone(lab):
     mine = variant(lab, init="videomae")
     assert same(mine.encoder("random").encoder, lab.encoder("random").encoder)

@@ -135,8 +135,18 @@ def test_our_own_layout_loads(save):
     assert same(model, encoder(2)) and same(p, predictor(3))
     own = {"encoder": encoder(1, positions="sincos1d").state_dict(), "decoder": decoder(2).state_dict()}
     model, d = encoder(7, positions="sincos1d"), decoder(7)
-    weights.load(save(own), model, decoder=d, part="encoder")
+    weights.load(save(own), model, decoder=d)
     assert same(model, encoder(1)) and same(d, decoder(2))
+
+
+@pytest.mark.parametrize("named, taken", [("encoder", 1), ("target_encoder", 2), (None, 2), ([], 2)])
+def test_the_encoder_is_the_one_that_the_file_says_is_probed(save, named, taken):
+    file = {"encoder": encoder(1).state_dict(), "target_encoder": encoder(2).state_dict(), "features": named}
+    model = encoder(7)
+    weights.load(save(file), model)
+    assert same(model, encoder(taken))
+    weights.load(save(file), model, part="encoder")  # unless another is asked for
+    assert same(model, encoder(1))
 
 
 def test_the_parts_of_a_file_are_named(save):

@@ -131,9 +131,7 @@ def load_encoder(path: str, p, positions: str) -> Encoder:
         WeightsError: see `weights.load`.
     """
     encoder = make_encoder(p, p.frames, positions)
-    file = weights.read(path)  # V-JEPA's target is the better encoder, SALT's is the teacher: ours say what to probe
-    part = file.get("features", "target_encoder" if {"target_encoder", "ema_encoder"} & file.keys() else "encoder")
-    print(*weights.load(path, encoder, part=part), sep="\n")
+    print(*weights.load(path, encoder), sep="\n")
     return encoder
 
 

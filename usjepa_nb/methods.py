@@ -168,7 +168,7 @@ def fill(objective: nn.Module, init: str, **parts: nn.Module) -> nn.Module:
         there = weights.parts(ROOT / init)
         for name in parts.keys() - there:
             print(f"{init}: holds no {name}, which starts at random")
-        part = "target_encoder" if isinstance(objective, objectives.VJEPA) else "encoder"
+        part = None if isinstance(objective, objectives.VJEPA) else "encoder"  # None: the one that is probed
         known = {k: v for k, v in parts.items() if k in there}
         print(*weights.load(ROOT / init, objective.encoder, part=part, **known), sep="\n")
         if isinstance(objective, objectives.VJEPA) and not isinstance(objective, objectives.SALT):

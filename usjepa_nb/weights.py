@@ -20,6 +20,7 @@ from usjepa_nb.augment import MEAN, STD
 from usjepa_nb.vit import POSITIONS, Encoder, PixelDecoder, Predictor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published encoders expect
+ENCODERS = {"target_encoder", "ema_encoder", "encoder"}  # in V-JEPA's layouts
 
 
 class WeightsError(ValueError):
@@ -160,11 +161,12 @@ def load_state(module: nn.Module, state: dict[str, Tensor], report: Report) -> R
 
 
 def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = None,
-         decoder: PixelDecoder | None = None, part: str = "target_encoder") -> list[Report]:
+         decoder: PixelDecoder | None = None, part: str | None = None) -> list[Report]:
     """Load a published V-JEPA or VideoMAE checkpoint, or one of ours, and report on every key.
 
     Args:
-        part: for V-JEPA layouts, which encoder: "target_encoder" (named "ema_encoder" in V-JEPA 2.1) or "encoder".
+        part: for V-JEPA layouts, which encoder: "target_encoder" (named "ema_encoder" in V-JEPA 2.1) or "encoder"; by
+            default the one that the file says is probed (ours do), else the target, else the only one there is.
         predictor, decoder: filled too when given.
 
     Raises:
@@ -178,6 +180,9 @@ def load(path: str | Path, encoder: Encoder, *, predictor: Predictor | None = No
         found = [(encoder, own, "encoder"), (predictor, {}, "predictor"), (decoder, rest, "decoder")]
         others = [] if decoder else [f"{len(rest)} keys of the decoder"]
     else:
+        probed = file.get("features")
+        part = part or (probed if isinstance(probed, str) else "encoder" if ENCODERS & file.keys() == {"encoder"} else
+                        "target_encoder")
         part = "ema_encoder" if part == "target_encoder" and "ema_encoder" in file else part
         if part not in file:
             raise WeightsError(f"{path}: holds {', '.join(map(str, file)) or 'nothing'} but no {part!r}; "
