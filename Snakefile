@@ -25,7 +25,7 @@ WALK = ["00_start_here", "01_camus_to_hdf5", "02_tubelet_masking", "03_vjepa_loc
         "05_probe_segmentation", "06_qualitative_overlays", "07_static_teacher", "08_your_own_ultrasound",
         "90_solutions"]
 TRAIN, PROBE = "03_vjepa_localisation", "05_probe_segmentation"
-DATASET = [] if lab.converted else OUT + "/01_camus_to_hdf5.ipynb"
+DATASET = [] if lab.converted else OUT + "/00_start_here.ipynb"  # the phantom and the HDF5 file are made there
 
 # Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
 trains = {f"{TRAIN}--{c.id}-s{s}": f"-p lam {c.lam} -p freeze {c.freeze} -p deep False -p seed {s}"
@@ -50,8 +50,6 @@ def needs(wildcards):
     made = lambda names: expand(OUT + "/{n}.ipynb", n=names)
     if name.startswith("00_"):
         return []
-    if name == "01_camus_to_hdf5":  # 00 makes the data
-        return OUT + "/00_start_here.ipynb"
     if name == PROBE and cell:
         before = [f"{TRAIN}--{cell.replace('finetuned', 'vjepa-lam1-f0')}",  # fine-tuning starts from V-JEPA
                   f"{PROBE}--random-s{cell.rpartition('-s')[2]}" if not cell.startswith("random-s") else ""]
