@@ -1,4 +1,4 @@
-"""Ratios of speed, measured in one run: `make bench`, or python benchmarks/bench.py [--only NAME …] [--quick].
+"""Ratios of speed, measured in one run: `make bench`, or python benchmarks/bench.py [--only NAME …].
 
 What is compared takes turns, several rounds, and medians are divided, so that a busy machine slows both. On a CPU one
 thread is timed by its own CPU time; on a GPU the clock is read after it has come to rest. The table is printed and kept
@@ -91,14 +91,16 @@ def clips_like(p: Profile, n: int, frames: int) -> torch.Tensor:
 
 
 class Ours:
-    """A step as `pretrain.train` takes it."""
+    """A step as `pretrain.train` takes it on a CPU; a GPU has the batch prepared meanwhile (`gpu.Variant`)."""
 
     def __init__(self, p: Profile, objective: objectives.VJEPA, device: str):
         self.p, self.objective = p, objective.to(device)
         self.optimizer = torch.optim.AdamW(parameter_groups(objective), lr=1e-5, fused=True)
 
     def __call__(self, grey: torch.Tensor, generator: Generator, autocast: torch.autocast) -> torch.Tensor:
-        prepared = self.objective.prepare(grey, generator)
+        return self.take(self.objective.prepare(grey, generator), autocast)
+
+    def take(self, prepared: objectives.Prepared, autocast: torch.autocast) -> torch.Tensor:
         with autocast:
             loss = self.objective(prepared)["loss"]
         loss.backward()

@@ -23,7 +23,7 @@ from published_structure import Step
 from torch import Generator
 
 from usjepa_nb import cost, grid, objectives, plan
-from usjepa_nb.pretrain import compile_blocks
+from usjepa_nb.pretrain import ahead, compile_blocks
 from usjepa_nb.probe import autocast
 from usjepa_nb.profile import ROOT, Profile, load
 from usjepa_nb.runs import write_text
@@ -61,17 +61,19 @@ def frozen(p: Profile, freeze: int, **changes) -> tuple[Profile, objectives.VJEP
 
 
 class Variant:
-    """A step of ours, ready to be called."""
+    """A step of ours, ready to be called: other masks every time, made a step ahead, both as in training."""
 
     def __init__(self, p: Profile, grey: torch.Tensor, device: str, changes: dict, freeze: int):
         self.p, objective = frozen(p, freeze, **changes)
         if self.p.compile:
             compile_blocks(objective)
-        self.step, self.grey, self.device, self.k = Ours(self.p, objective, device), grey, device, 0
+        self.step, self.device = Ours(self.p, objective, device), device
+        self.batches = ahead(lambda k: objective.prepare(grey, Generator().manual_seed(k)), range(1, sys.maxsize),
+                             torch.device(device))
 
     def __call__(self) -> None:
-        self.k += 1  # other masks every time, as in training
-        self.step(self.grey, Generator().manual_seed(self.k), autocast(self.p.precision, self.device))
+        _, prepared = next(self.batches)
+        self.step.take(prepared, autocast(self.p.precision, self.device))
 
 
 def flops_of(p: Profile, grey: torch.Tensor, changes: dict, freeze: int) -> float:

@@ -12,15 +12,17 @@ official validation patients. Every run lies in the cache under its hash, so a s
 import argparse
 import json
 import tempfile
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
 from usjepa_nb import metrics, probe
+from usjepa_nb.methods import END_TO_END
 from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
 
@@ -172,12 +174,22 @@ def per_patient(lab, method, fraction, split, **what) -> pd.Series:
     return scores[(scores.split == split) & (scores.which == "last")].groupby("patient")["dsc"].mean()
 
 
+def read(out: Path) -> list[dict]:
+    return json.loads(out.read_text()) if out.exists() else []
+
+
+def add(out: Path, row: dict, lab: Lab) -> None:
+    """Print a row and put it at the end of a file that other processes write too."""
+    print(row, flush=True)
+    with FileLock(lab.cache / f"{out.stem}.lock"):
+        write_text(out, json.dumps([*read(out), row], indent=1))
+
+
 def tune(data, seeds, only):
     out = RESULTS / f"recipe_tune_{'real' if data else 'phantom'}.json"
     for seed in seeds:
-        for name in only or VARIANTS:
-            rows = json.loads(out.read_text()) if out.exists() else []
-            if any(r["name"] == name and r["seed"] == seed for r in rows):
+        for name in only:
+            if any(r["name"] == name and r["seed"] == seed for r in read(out)):
                 continue
             words, method, changes = VARIANTS[name]
             what = {k: v for k, v in changes.items() if k in ("lam", "freeze", "online")}
@@ -192,9 +204,7 @@ def tune(data, seeds, only):
             row = {"name": name, "words": words, "seed": seed, "dsc": float(dsc.mean()),
                    "dsc_100": float(all_labels.mean()), "patients": len(dsc),
                    **{k: float(end[k]) for k in ("jepa", "zero", "ll", "rank", "position_share") if k in end}}
-            print(row, flush=True)
-            rows = json.loads(out.read_text()) if out.exists() else []  # others may have written meanwhile
-            write_text(out, json.dumps([*rows, row], indent=1))
+            add(out, row, lab)
 
 
 # Where adapting does harm: a tenth of the clips, one learning rate for all, from VideoMAE that began with the shipped
@@ -215,14 +225,13 @@ def score_now(lab, encoder) -> float:
     return fitted["history"][-1]["val_dsc"]
 
 
-def follow(data, seeds, only):
+def follow(data, seeds):
     out = RESULTS / f"recipe_follow_{'real' if data else 'phantom'}.json"
     for seed in seeds:
         for lam, freeze in FOLLOWED:
             lab = FewClips("tiny", data, seed=seed, **FOLLOW)
             key = {"start": "shipped", "lam": lam, "freeze": freeze, "seed": seed}
-            rows = json.loads(out.read_text()) if out.exists() else []
-            looked = {row["step"] for row in rows if key.items() <= row.items()}
+            looked = {row["step"] for row in read(out) if key.items() <= row.items()}
             if LOOKS[-1] in looked:
                 continue
             good = lab.encoder("videomae")
@@ -231,10 +240,10 @@ def follow(data, seeds, only):
                 if step not in LOOKS or step in looked:
                     continue
                 looked.add(step)
-                row = key | {"step": step, "dsc": score_now(lab, run.encoder)}
-                print(row, flush=True)
-                rows = json.loads(out.read_text()) if out.exists() else []  # others may have written meanwhile
-                write_text(out, json.dumps([*rows, row], indent=1))
+                add(out, key | {"step": step, "dsc": score_now(lab, run.encoder)}, lab)
+            if left := sorted(set(LOOKS) - looked):
+                print(f"λ {lam:g}, {freeze} frozen, seed {seed}: its weights after {left} steps are gone; delete "
+                      f"{lab.folder(lab.spec('vjepa' if lam == 1 else 'vjepa_ll', lam, freeze))} to look again")
 
 
 # The frozen recipe: VideoMAE from the shipped weights, then V-JEPA, both on the training patients of the data judged.
@@ -256,7 +265,7 @@ def judge(data, seeds, only, size):
     out = RESULTS / f"recipe_judge_{'real' if data else 'phantom'}{suffix}.csv"
     rows = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=["method", "seed", "fraction", "patient", "dsc"])
     for seed in seeds:
-        for name in only or JUDGED:
+        for name in only:
             what, changes = JUDGED[name]
             changes = {k: v.format(suffix) for k, v in changes.items()}
             lab = Judged("tiny", data, seed=seed, **RECIPE | SIZES[size] | changes)
@@ -265,11 +274,11 @@ def judge(data, seeds, only, size):
                     continue
                 dsc = per_patient(lab, name.split()[0], fraction, "test", **what)
                 print(f"{name} {fraction} % seed {seed}: {dsc.mean():.3f}", flush=True)
-                rows = pd.read_csv(out) if out.exists() else rows  # others may have written meanwhile
                 new = pd.DataFrame({"method": name, "seed": seed, "fraction": fraction, "patient": dsc.index,
                                     "dsc": dsc.round(5).to_numpy()})
-                rows = pd.concat([rows, new], ignore_index=True)
-                write_text(out, rows.to_csv(index=False))
+                with FileLock(lab.cache / f"{out.stem}.lock"):  # others may write too
+                    rows = pd.concat([pd.read_csv(out) if out.exists() else rows, new], ignore_index=True)
+                    write_text(out, rows.to_csv(index=False))
 
 
 COMPARED = [(m, "random") for m in ("videomae", "vjepa", "vjepa_ll", "vjepa_ll 0.9", "initial")] + [
@@ -353,10 +362,19 @@ def main():
     parser.add_argument("--only", nargs="*", help="names of variants or methods")
     parser.add_argument("--size", choices=[*SIZES], default="", help="of the network that is judged (tiny's)")
     a = parser.parse_args()
+    known = {"tune": [*VARIANTS], "judge": [m for m in JUDGED if not (a.size and m in END_TO_END)]}.get(a.what, [])
+    if strange := [name for name in a.only or () if name not in known]:
+        parser.error(f"--only: {a.what} has no row {strange[0]!r}; it has {', '.join(known) or 'none to choose from'}")
+    if a.size and a.what != "judge":
+        parser.error("--size is for judge")
     if a.what == "report":
         report()
+    elif a.what == "follow":
+        follow(a.data, a.seeds)
+    elif a.what == "tune":
+        tune(a.data, a.seeds, a.only or known)
     else:
-        {"tune": tune, "follow": follow, "judge": partial(judge, size=a.size)}[a.what](a.data, a.seeds, a.only)
+        judge(a.data, a.seeds, a.only or known, a.size)
 
 
 if __name__ == "__main__":

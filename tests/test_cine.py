@@ -72,6 +72,17 @@ def test_frame_time_from_a_vector_or_a_rate(here):
     assert cine.read(dicom(here / "a.dcm", film, FrameTime=None, FrameTimeVector=[0, 20, 40])).frame_ms == 30
     assert cine.read(dicom(here / "b.dcm", film, FrameTime=None, CineRate=50)).frame_ms == 20
     assert cine.read(dicom(here / "c.dcm", film, FrameTime=None)).frame_ms is None
+    assert cine.read(dicom(here / "d.dcm", film, FrameTime=None, FrameTimeVector=[20])).frame_ms is None
+
+
+def test_a_region_without_its_corners_leaves_the_frames(here):
+    path = dicom(here / "a.dcm", loop()[0])
+    dataset = dcmread(path)
+    del dataset.SequenceOfUltrasoundRegions[0].RegionLocationMaxY1
+    dataset.save_as(path)
+    found = cine.read(path)
+    assert len(found.frames) == len(loop()[0]) and found.spacing is None and found.region is None
+    assert "cannot be read" in found.note and "RegionLocationMaxY1" in found.note
 
 
 def test_the_bundled_example_is_read_without_network():

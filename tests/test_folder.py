@@ -65,6 +65,8 @@ def test_whose_an_image_is(root, capsys):
     rewrite(root / "test.json", lambda row: row.update(source="video1.mp4"))
     folder.read(root, 32, 4)
     assert "patients in train and in test at once: 1 (video1.mp4, …)" in capsys.readouterr().out
+    rewrite(root / "test.json", lambda row: row.update(patient=None))  # unknown is nobody's name
+    assert "None" not in folder.read(root, 32, 4).groups
     for path in root.glob("*.json"):  # AUL, GBCU and MMOTU name nobody
         rewrite(path, lambda row: row.pop("source"))
     assert len(set(folder.read(root, 32, 4).groups)) == 60

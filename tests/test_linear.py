@@ -12,6 +12,7 @@ from ultrabench_set import ultrabench_set
 from usjepa_nb import heads, linear, probe
 from usjepa_nb.objectives import make_encoder
 from usjepa_nb.profile import load
+from usjepa_nb.tasks import TaskError
 
 P = load("smoke")
 
@@ -143,6 +144,15 @@ def test_the_command_prints_the_table(tmp_path, encoder, capsys):
     # the same weights twice: a paired difference of nothing
     assert [line for line in lines if line.startswith("mine - random")] == [
         f"mine - random, mean-pooled, {score}: +0.00 [+0.00, +0.00]" for score in ("macro-F1", "AUROC")]
+
+
+def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
+    assert linear.named(["runs/a.pt", "b.pt"]) == {"a": "runs/a.pt", "b": "b.pt"}
+    both = ["runs/a/checkpoint.pt", "runs/b/checkpoint.pt"]
+    assert linear.named(both) == dict(zip(["a/checkpoint", "b/checkpoint"], both, strict=True))
+    assert list(linear.named(["runs/random.pt"])) == ["runs/random"]  # not the control of that name
+    with pytest.raises(TaskError, match="two files are called b/x"):
+        linear.named(["a/b/x.pt", "c/b/x.pt"])
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -639,6 +639,27 @@ def test_a_predictor_draws_what_the_segmentation_holds_and_is_kept(mine, monkeyp
     assert (predict(clips[:3]) == made.best[:3]).all() and predict(255 - clips).shape == made.best.shape
 
 
+def test_a_predictor_does_so_in_half_precision_too(mine):
+    half = with_settings(mine, precision="bf16-mixed")
+    made = segmentation(half, "random", 10)
+    clips, _ = half.clips(made.rows)
+    assert (segment.predictor(half, half.encoder("random"), 10)(clips) == made.best).all()
+
+
+def test_a_run_that_goes_on_is_not_shown_with_weights_of_another_step(mine):
+    stopped = mine.training("vjepa")
+    at_three = next(stopped).encoder.state_dict()
+    at_three = {k: v.clone() for k, v in at_three.items()}
+    stopped.close()
+    seen = [(len(run.history), run.encoder) for run in again(mine).training("vjepa")]
+    assert [n for n, _ in seen] == [3, 6, 6]
+    done = [(len(run.history), run.encoder) for run in again(mine).training("vjepa")]
+    assert [n for n, _ in done] == [6]
+    lost = mine.folder(mine.spec("vjepa")) / "run.json"  # as if stopped between its last checkpoint and its end
+    lost.unlink()
+    assert [len(run.history) for run in again(mine).training("vjepa")] == [6, 6]
+
+
 def test_what_is_not_on_disk_is_not_made_where_that_was_asked(mine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(segment, "segment", forbidden)
@@ -693,6 +714,22 @@ def test_scores_tell_ed_and_es_from_the_frames_between(mine):
     between = [k for k in range(mine.frames) if k not in (ed, es)]
     assert line["dsc_between"] == pytest.approx(
         metrics.video_scores(s.best[3][between], masks[0][between])["dsc"]["mean"])
+
+
+def test_ed_es_pairs_have_no_frames_between(mine, monkeypatch):
+    """Such a clip is [ED, ED, ES, ES]: its second frame is ED again."""
+    clip = type(mine.store).clip
+
+    def pair(self, i, frames, rule, step, *rest, **named):
+        found = clip(self, i, frames, rule, step, *rest, **named)
+        found.index = np.repeat(found.index[[0, -1]], frames // 2)
+        return found
+
+    made = segmentation(mine, "random")
+    monkeypatch.setattr(type(mine.store), "clip", pair)
+    again_scored = segment.scores(mine, made.spec, made.rows, made.best, made.last)
+    assert again_scored.dsc_between.isna().all() and again_scored.dsc_ed.notna().all()
+    assert made.scores.dsc_between.notna().any()
 
 
 def test_the_shape_prior_is_the_commonest_label_of_each_pixel():

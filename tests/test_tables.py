@@ -157,9 +157,18 @@ def test_patients_are_averaged_over_views_then_seeds():
 
 
 def test_pairs_are_compared_where_both_are_there():
-    table = tables.compare(tables.per_patient(by_hand(), "test"), [("x", "y"), ("x", "z")], (100, 10))
+    table = tables.compare(tables.per_seed(by_hand(), "test"), [("x", "y"), ("x", "z")], (100, 10))
     assert table[["a", "b", "fraction"]].values.tolist() == [["x", "y", 100]]
     assert table.difference[0] == pytest.approx(0.1) and table.n[0] == 4 and table.holm_p[0] == table.wilcoxon_p[0]
+
+
+def test_pairs_are_compared_on_the_seeds_that_both_have():
+    whole = by_hand()
+    gone = tables.per_seed(whole[(whole.method == "x") | (whole.seed == 1)], "test")
+    table = tables.compare(gone, [("x", "y")], (100,))
+    assert table.difference[0] == pytest.approx(0.1) and table.n[0] == 4  # seed 0 lies .02 lower for both
+    apart = tables.per_seed(whole[(whole.method == "x") == (whole.seed == 1)], "test")
+    assert tables.compare(apart, [("x", "y")], (100,)).empty
 
 
 def test_intervals_hold_the_mean_of_each_method_and_share():

@@ -125,7 +125,11 @@ def _read_dicom(path):
                         "MP4.") from None
     except Exception as error:
         raise CineError(f"{path.name} is cut short or damaged ({_why(error)}): copy it again.") from None
-    return Cine(frames, *_calibration(dataset, frames.shape))
+    try:
+        return Cine(frames, *_calibration(dataset, frames.shape))
+    except (AttributeError, TypeError, ValueError) as error:  # the frames are good all the same
+        return Cine(frames, None, None, "DICOM", None,
+                    f"what it says of pixel size and time cannot be read ({_why(error)}), so both are unknown")
 
 
 def _grey(frame, dataset):
@@ -165,7 +169,7 @@ def _calibration(dataset, shape):
                 spacing = [abs(10 * float(chosen.get(f"PhysicalDelta{axis}") or 0)) for axis in "YX"]
     if spacing is not None and not all(math.isfinite(mm) and mm > 0 for mm in map(float, spacing)):
         spacing = None
-    times = [float(ms) for ms in dataset.get("FrameTimeVector") or []][1:]
+    times = [float(ms) for ms in np.atleast_1d(dataset.get("FrameTimeVector") or [])][1:]  # of one value: a number
     rate = float(dataset.get("CineRate") or 0)
     ms = float(dataset.get("FrameTime") or 0) or (sum(times) / len(times) if times else 1000 / rate if rate else 0)
     return tuple(map(float, spacing)) if spacing else None, ms or None, "DICOM", region, note

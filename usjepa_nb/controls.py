@@ -9,7 +9,7 @@ from __future__ import annotations
 import timm
 from torch import Generator, Tensor, nn
 
-from usjepa_nb.augment import augment, standardise
+from usjepa_nb.augment import MEAN, STD, augment, standardise
 from usjepa_nb.objectives import Objective
 from usjepa_nb.probe import CLASSES, SegmentationProbe, encode, seen_tokens, segmentation_loss
 from usjepa_nb.profile import Profile
@@ -97,10 +97,11 @@ class FrameEncoder(nn.Module):
             raise WeightsError(f"{self.MODEL}: its weights could not be had ({reason}); connect to the network, or "
                                "fill the cache of huggingface_hub, or leave imagenet out of the grid") from e
         self.width = self.net.embed_dim
+        self.mean, self.std = (self.net.pretrained_cfg[k][0] for k in ("mean", "std"))  # of its photographs: .5, .5
 
     def forward(self, x: Tensor, keep: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
         """Standardised clips [B, 1, T, H, W] -> features of the tokens `keep` [B, K] (all when None), [B, K, D]."""
-        frames = x.transpose(1, 2).flatten(0, 1)
+        frames = ((x * STD + MEAN - self.mean) / self.std).transpose(1, 2).flatten(0, 1)
         tokens = self.net.forward_features(frames)[:, self.net.num_prefix_tokens:]  # [B·T, y·x, D]
         z = tokens.view(len(x), self.grid[0], self.tubelet[0], -1, self.width).mean(2).flatten(1, 2)
         return z if keep is None else gather(z, keep)

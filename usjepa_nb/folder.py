@@ -80,7 +80,7 @@ def from_lists(root: Path, label: str, regression: bool) -> list[tuple]:
                 if label not in row:
                     raise TaskError(f"{path}: {row['image']} has no {label!r}; its keys are {', '.join(row)}: choose "
                                     "one with --label (Open Kidney and PSFHS are for segmentation only)")
-                owner = next((f"{row[key]}" for key in OWNERS if key in row), str(row["image"]))
+                owner = next((f"{row[key]}" for key in OWNERS if row.get(key) not in (None, "")), str(row["image"]))
                 found.append((root / row["image"], value(row[label], path, label, regression), owner, part))
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,21 @@ def table(tasks: list[Task], predicted: dict[tuple[str, str, str], np.ndarray], 
     return pd.DataFrame(rows).sort_values("task", key=lambda c: c.map(order), kind="stable", ignore_index=True)
 
 
+def named(paths: Iterable[str]) -> dict[str, str]:
+    """Short names of checkpoints: the file's, with its folder's where one comes twice or is a control's.
+
+    Raises:
+        TaskError: two are still alike.
+    """
+    paths = [Path(path) for path in paths]
+    stems = [path.stem for path in paths]
+    if len({*stems, "random", "none"}) < len(stems) + 2:
+        stems = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+    if twice := sorted({name for name in stems if stems.count(name) > 1}):
+        raise TaskError(f"--weights: two files are called {twice[0]}; give each once, or rename one's folder")
+    return dict(zip(stems, map(str, paths), strict=True))
+
+
 def load_encoder(path: str, p, positions: str) -> Encoder:
     """An encoder of the profile's size, filled from a checkpoint; prints what was loaded.
 
@@ -165,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(a.seed)
             encoders = {"random": make_encoder(p, p.frames, a.positions)}
-        encoders |= {Path(path).stem: load_encoder(path, p, a.positions) for path in a.weights}
+        encoders |= {name: load_encoder(path, p, a.positions) for name, path in named(a.weights).items()}
     except (TaskError, ProfileError, weights.WeightsError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -105,8 +105,8 @@ def combined(jepa: Tensor, ll: Tensor, lam: float) -> Tensor:
 def variance_covariance(z: Tensor, valid: Tensor | None = None) -> Tensor:
     """VICReg's guard against collapse (Bardes et al., 2022, Eq. 1 and 3), over all tokens z [B, K, D] of a batch.
 
-    A hinge on each feature's standard deviation at 1, and a twenty-fifth of the mean squared covariance of different
-    features (VICReg's weights 25 and 1).
+    A hinge on each feature's standard deviation at 1, and a twenty-fifth of the sum of its squared covariances with the
+    other features, both averaged over features (VICReg's weights 25 and 1).
     """
     x = z.flatten(0, 1)
     counts = x.new_ones(len(x), 1) if valid is None else valid.flatten()[:, None].to(x)

@@ -23,7 +23,8 @@ METHODS = {"prior": "shape prior", "random": "frozen random encoder", "initial":
 UNTRAINED = ("random", "initial", "imagenet")
 PRETRAINED = ("videomae", "vjepa", "vjepa_ll", "teacher", "salt")
 ADAPTED = ("vjepa", "vjepa_ll", "finetuned")  # what λ and frozen blocks mean something for
-# Settings that cannot change a run's weights are left out of its description, so that it is not made twice.
+# Settings that cannot change a run's weights, or (devices: each draws masks of its own) only as chance does, are left
+# out of its description, so that it is not made twice.
 NEVER = ("name", "unlabelled", "sampling", "accelerator", "one_pass", "compile", "devices", "log_every", "finetune_lr",
          "supervised_steps", "supervised_lr", "videomae_steps", "videomae_lr",
          "probe_epochs", "probe_min_steps", "probe_batch", "probe_lr", "probe_width")
@@ -76,7 +77,7 @@ def describe(lab, method: str, lam: float = 1.0, freeze: int = 0, fraction: int 
     if method in ADAPTED + ("initial",) and p.init == "videomae":
         settings["videomae"] = {k: describe(lab, "videomae")[k] for k in ("settings", "init")}
     if method == "imagenet":
-        settings["model"] = FrameEncoder.MODEL
+        settings["model"] = f"{FrameEncoder.MODEL}, grey values as it learned them"
     if method == "finetuned":
         settings["base"] = {"steps": p.steps, "lr": p.lr, "encoder_lr": p.encoder_lr}
         settings["encoder_lr"] = 1.0

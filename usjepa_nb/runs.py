@@ -154,7 +154,7 @@ class Lab(Dataset):
         steps = pretrain.train(objective, batches, p, checkpoint, seed=spec["seed"], fabric=fabric, watch=watch)
         for row in memory.during(steps, label(spec), memory.TRAINING):
             rows.append(row)
-            if len(rows) % p.log_every == 0 or len(rows) == p.steps:
+            if len(rows) >= first and (len(rows) % p.log_every == 0 or len(rows) == p.steps):  # older rows: no weights
                 if first < len(rows) <= first + p.log_every < p.steps:
                     left = (time.time() - begun) / (len(rows) - first) * (p.steps - len(rows))
                     print(f"{label(spec)}: about {left / 60:.1f} minutes to go on this machine")

@@ -147,7 +147,8 @@ def predictor(lab: Lab, run: Run, fraction: int = 100) -> Callable[[np.ndarray],
 
         def logits(grey):
             features, seen = probe.encode(encoder, grey, p.sector_aware)
-            return model[1](features.half(), seen)  # half precision, as the features that it learned from
+            with torch.autocast(grey.device.type, enabled=False):  # as it learned: from half-precision features
+                return model[1](features.half(), seen)
 
     @torch.no_grad()
     def predict(clips: np.ndarray) -> np.ndarray:
@@ -173,14 +174,15 @@ def scores(lab: Lab, spec: dict, rows: np.ndarray, best: np.ndarray, last: np.nd
 
     Columns dsc, jaccard, ppv, recall: mean over the three foreground classes, all labelled frames of a video pooled;
     dsc_1 … for a class. dsc_ed, dsc_es, dsc_between: the same mean DSC on the ED frame, on the ES frame, and on the
-    frames between, whose reference CAMUS is said to have interpolated.
+    frames between (nan where a clip has none), whose reference CAMUS is said to have interpolated.
     """
     _, masks = lab.clips(rows)
     table = lab.store.table.loc[rows, ["patient", "view", "split", "quality"]]
     moments = []
     for row in rows:
         ed, es = lab.instants(row)
-        between = [k for k in range(lab.frames) if min(ed, es) < k < max(ed, es)]
+        at = lab.store.clip(int(row), lab.frames, lab.profile.clip_rule, lab.profile.frame_step, masks=False).index
+        between = [k for k in range(lab.frames) if min(at[ed], at[es]) < at[k] < max(at[ed], at[es])]
         moments.append({"ed": [ed], "es": [es], "between": between})
     out = []
     for which, predicted in (("best", best), ("last", last)):

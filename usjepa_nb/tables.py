@@ -20,7 +20,7 @@ import torch
 
 from usjepa_nb import manifest, metrics
 from usjepa_nb.grid import Cell
-from usjepa_nb.methods import END_TO_END, PRETRAINED, UNTRAINED
+from usjepa_nb.methods import PRETRAINED, UNTRAINED
 from usjepa_nb.profile import ROOT
 from usjepa_nb.runs import Lab, write_text
 from usjepa_nb.segment import segmentation
@@ -31,6 +31,7 @@ PACKAGES = ("usjepa-nb", "torch", "timm", "lightning-fabric", "numpy", "scipy", 
 
 def seeded(lab: Lab, seeds: int) -> list[Lab]:
     """The lab, and the same with the seeds that follow; data and store are shared."""
+    _ = lab.store  # opened once, before it is copied
     labs = [copy.copy(lab) for _ in range(seeds)]
     for k, other in enumerate(labs):
         other.seed, other.loaded = lab.seed + k, {}
@@ -70,22 +71,31 @@ def collect(lab: Lab, cells: Iterable[Cell], fractions: Iterable[int], seeds: in
     return pd.concat(found, ignore_index=True), pd.DataFrame(missing, columns=["cell", "fraction", "seed", "reason"])
 
 
+def per_seed(scores: pd.DataFrame, split: str, which: str = "best", score: str = "dsc") -> pd.Series:
+    """One value per (method, fraction, patient, seed): the views of a patient averaged."""
+    chosen = scores[(scores.split == split) & (scores.which == which)]
+    return chosen.groupby(["method", "fraction", "patient", "seed"], sort=False)[score].mean()
+
+
 def per_patient(scores: pd.DataFrame, split: str, which: str = "best", score: str = "dsc") -> pd.Series:
     """One value per (method, fraction, patient): the views of a patient averaged first, then the seeds."""
-    chosen = scores[(scores.split == split) & (scores.which == which)]
-    per_seed = chosen.groupby(["method", "fraction", "patient", "seed"], sort=False)[score].mean()
-    return per_seed.groupby(["method", "fraction", "patient"], sort=False).mean()
+    values = per_seed(scores, split, which, score)
+    return values.groupby(["method", "fraction", "patient"], sort=False).mean()
 
 
 def compare(values: pd.Series, pairs: Iterable[tuple[str, str]], fractions: Iterable[int]) -> pd.DataFrame:
     """Paired differences a - b over patients for each share of labels, `metrics.paired`, and Holm over all of them.
 
     Args:
-        values: as `per_patient`. A pair of which one side is missing is left out.
+        values: as `per_seed`. Each pair is compared on the seeds that both have, averaged first (a seed also chooses
+            whose labels are used); a pair of which one side is missing is left out.
     """
-    wide = values.unstack("patient")
-    rows = [{"a": a, "b": b, "fraction": f, **metrics.paired(wide.loc[a, f].to_numpy(), wide.loc[b, f].to_numpy())}
-            for f in fractions for a, b in pairs if {(a, f), (b, f)} <= set(wide.index)]
+    found, rows = {key: v.droplevel(["method", "fraction"]) for key, v in values.groupby(["method", "fraction"])}, []
+    for f, (a, b) in ((f, pair) for f in fractions for pair in pairs):
+        if {(a, f), (b, f)} <= found.keys():
+            both = pd.concat([found[a, f], found[b, f]], axis=1, join="inner", keys=["a", "b"])
+            if len(mean := both.groupby("patient").mean()):
+                rows.append({"a": a, "b": b, "fraction": f, **metrics.paired(mean.a.to_numpy(), mean.b.to_numpy())})
     names = ["a", "b", "fraction", "difference", "low", "high", "d_z", "wilcoxon_p", "t_p", "n"]
     table = pd.DataFrame(rows, columns=names)
     return table.assign(holm_p=metrics.holm(table.wilcoxon_p))
@@ -121,7 +131,7 @@ def effects(scores: pd.DataFrame, cells: Iterable[Cell], fractions: Iterable[int
     asked += [(c.id, Cell("vjepa", 1.0, c.freeze).id) for c in cells if c.method == "vjepa_ll"]
     asked += [("finetuned", "supervised")]
     pairs = [(name[a], name[b]) for a, b in asked if {a, b} <= name.keys()]
-    return compare(per_patient(scores, "test"), pairs, fractions)
+    return compare(per_seed(scores, "test"), pairs, fractions)
 
 
 def commit() -> str:
@@ -140,10 +150,11 @@ def summary(lab: Lab, grid: str = "walk") -> dict:
     trained, threads = {}, set()
     for other in seeded(lab, g.seeds):
         for c in (c for c in g.cells if c.method not in (*UNTRAINED, "prior")):
-            for f in g.fractions if c.method in END_TO_END else (100,):
-                file = other.folder(other.spec(c.method, c.lam, c.freeze, f)) / "run.json"
+            for f in g.fractions:  # most see all patients at every share
+                spec = other.spec(c.method, c.lam, c.freeze, f)
+                file = other.folder(spec) / "run.json"
                 if file.exists():
-                    name = f"train {c.id}" + (f" {f}%" if c.method in END_TO_END else "") + f" seed {other.seed}"
+                    name = f"train {c.id}" + (f" {f}%" if spec["fraction"] else "") + f" seed {other.seed}"
                     run = json.loads(file.read_text())
                     trained[name], threads = run["seconds"], threads | {run.get("threads")}  # older runs did not say
     as_json = lambda table: json.loads(table.to_json(orient="records"))  # noqa: E731
