@@ -99,6 +99,17 @@ def test_seconds_are_those_of_these_cells(written):
     assert content["seconds"]["train videomae seed 0"] == run["seconds"]
 
 
+def test_pretraining_on_the_patients_of_a_share_counts_at_every_share(lab, grid_file, tmp_path):
+    own = beside(lab, tmp_path / "cache")
+    own.profile = own.profile.replace(unlabelled="fraction")
+    for fraction in (100, 10):
+        folder = own.folder(own.spec("videomae", fraction=fraction))
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"seconds": fraction, "threads": 1}))
+    found = tables.summary(own, grid_file)["seconds"]
+    assert found == {"train videomae seed 0": 100, "train videomae 10% seed 0": 10}
+
+
 def test_made_a_second_time_the_table_is_the_same_bit_for_bit(lab, written, grid_file, tmp_path):
     torch.manual_seed(5)
     second, first = made(beside(lab, tmp_path / "second"), grid_file), copy.deepcopy(written[1])
