@@ -118,27 +118,26 @@ def vjepa(p: Profile, **changes) -> tuple[Profile, objectives.VJEPA]:
         return p, objectives.VJEPA(p, p.frames, objectives.make_encoder(p, p.frames), 1.0, 0)
 
 
-def step(size: str, rounds: int, device: str = "cpu") -> list[dict]:
+def step(size: str, rounds: int) -> list[dict]:
     """One optimiser step at batch 4: published structure, ours at equal mathematics, ours in the sector alone."""
-    precision = "32-true" if device == "cpu" else "bf16-mixed"
-    p = load("paper", **SIZES[size], precision=precision, one_pass=False, compile=False)
-    grey = clips_like(p, p.batch, p.frames).to(device)
+    p = load("paper", **SIZES[size], precision="32-true", one_pass=False, compile=False)
+    grey = clips_like(p, p.batch, p.frames)
     inside = float(sector_tokens(grey, p.tubelet_size).float().mean())
     _, base = vjepa(p)
-    steps = {"published structure": Step(base, device), "ours, all tokens": Ours(*vjepa(p), device),
+    steps = {"published structure": Step(base), "ours, all tokens": Ours(*vjepa(p), "cpu"),
              f"ours, in the sector ({100 * inside:.0f} % of the tokens)":
-                 Ours(*vjepa(p, sector_aware=True, mask_rule="random"), device)}
-    cast = lambda: autocast(precision, device)  # noqa: E731
+                 Ours(*vjepa(p, sector_aware=True, mask_rule="random"), "cpu")}
+    cast = lambda: autocast(p.precision, "cpu")  # noqa: E731
     seconds = compare({n: lambda s=s: s(grey.float(), Generator().manual_seed(1), cast()) for n, s in steps.items()},
-                      rounds, device)
+                      rounds)
     whole = rows(f"step, {size}", seconds, "published structure", "step of 4 clips")
-    return whole + parts(p, size, grey, rounds, device)
+    return whole + parts(p, size, grey, rounds)
 
 
-def parts(p: Profile, size: str, grey: torch.Tensor, rounds: int, device: str) -> list[dict]:
+def parts(p: Profile, size: str, grey: torch.Tensor, rounds: int) -> list[dict]:
     """The same by part. A forward and backward pass counts as one."""
     _, objective = vjepa(p)
-    theirs, ours = Step(objective, device), Ours(*vjepa(p), device)
+    theirs, ours = Step(objective), Ours(*vjepa(p), "cpu")
     grey = grey.float()
     a, b = theirs.model, ours.objective
     prepared = b.prepare(grey, Generator().manual_seed(1))
@@ -172,7 +171,7 @@ def parts(p: Profile, size: str, grey: torch.Tensor, rounds: int, device: str) -
     }
     out = []
     for name, (published, mine) in pairs.items():
-        seconds = compare({"published structure": published, "ours, all tokens": mine}, rounds, device)
+        seconds = compare({"published structure": published, "ours, all tokens": mine}, rounds)
         out += rows(f"{size}: {name}", seconds, "published structure")
     return out
 
@@ -229,29 +228,29 @@ def published_view(clips: torch.Tensor, generator: Generator) -> torch.Tensor:
     return torch.stack(out)
 
 
-def feeding(rounds: int, device: str = "cpu") -> list[dict]:
+def feeding(rounds: int) -> list[dict]:
     """Clips a second: read and augmented, against what a step of profile tiny consumes."""
     lab = Lab("tiny")
     objective = lab.objective(lab.spec("vjepa"))
-    draw, ours = lab.batches(lab.store.rows("train"), device), Ours(lab.profile, objective, device)
+    draw, ours = lab.batches(lab.store.rows("train")), Ours(lab.profile, objective, "cpu")
     batch = draw(Generator().manual_seed(0), lab.profile.batch)
-    cast = lambda: autocast("32-true", device)  # noqa: E731
+    cast = lambda: autocast("32-true", "cpu")  # noqa: E731
     seconds = compare({"a step consumes": lambda: ours(batch, Generator().manual_seed(1), cast()),
                        "reading and augmenting feeds": lambda: draw(Generator().manual_seed(1), lab.profile.batch)},
-                      rounds, device)
+                      rounds)
     return rows("profile tiny", seconds, "a step consumes", f"batch of {lab.profile.batch}")
 
 
-def probing(size: str, rounds: int, device: str = "cpu") -> list[dict]:
+def probing(size: str, rounds: int) -> list[dict]:
     """A probe step at batch 4 from cached features of the sector, against the frozen encoder on all every time."""
     p = load("paper", **SIZES[size], precision="32-true", one_pass=False, compile=False)
     grey = clips_like(p, p.probe_batch, p.frames)
-    encoder = objectives.make_encoder(p, p.frames).eval().to(device)
-    head = probe.SegmentationProbe(p.grid(), p.tubelet_size, p.width, p.heads, p.probe_width).to(device)
-    masks = torch.zeros(grey.shape, dtype=torch.uint8, device=device)
+    encoder = objectives.make_encoder(p, p.frames).eval()
+    head = probe.SegmentationProbe(p.grid(), p.tubelet_size, p.width, p.heads, p.probe_width)
+    masks = torch.zeros(grey.shape, dtype=torch.uint8)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
     with torch.no_grad():
-        features, seen = probe.encode(encoder, grey.to(device).float(), True)
+        features, seen = probe.encode(encoder, grey.float(), True)
     cached = features.half()
 
     def learn(features, seen):
@@ -261,11 +260,10 @@ def probing(size: str, rounds: int, device: str = "cpu") -> list[dict]:
 
     def again():
         with torch.no_grad():
-            z = probe.encode(encoder, grey.to(device).float(), False)
+            z = probe.encode(encoder, grey.float(), False)
         learn(*z)
 
-    seconds = compare({"features made again": again, "features from the cache": lambda: learn(cached, seen)}, rounds,
-                      device)
+    seconds = compare({"features made again": again, "features from the cache": lambda: learn(cached, seen)}, rounds)
     return rows(f"probe step, {size}", seconds, "features made again", "4 clips")
 
 
