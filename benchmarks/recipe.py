@@ -46,6 +46,8 @@ VARIANTS = {
                       {"init": "weights/vjepa-phantom.pt"}),
     "adapted-videomae": ("VideoMAE from the shipped VideoMAE weights", "videomae", ADAPTED),
     "adapted-vjepa": ("V-JEPA from the shipped V-JEPA weights", "vjepa", {"init": "weights/vjepa-phantom.pt"}),
+    "adapted-vjepa-step": ("the same on clips of every 4th frame, the last repeated (the paper's)", "vjepa",
+                           {"init": "weights/vjepa-phantom.pt", "clip_rule": "step"}),
     "adapted": ("VideoMAE from the shipped weights, then V-JEPA", "vjepa", ADAPTED),
     "adapted-ll-0.25": ("the same with LL as in the paper, λ 0.25", "vjepa_ll", {**ADAPTED, "lam": 0.25}),
     "supervised": ("end to end from labels, lr 2e-3, 300 steps", "supervised", {}),
@@ -91,7 +93,6 @@ VARIANTS = {
     "predictor-large": ("predictor 128 wide, 4 deep", "vjepa", {"predictor_width": 128, "predictor_depth": 4}),
     "mirrored": ("published augmentation, mirrored hearts", "vjepa", {"augmentation": "published", **SAME}),
     "no-augmentation": ("no augmentation", "vjepa", {"augmentation": "none", **SAME}),
-    "clip-step": ("clips: every 4th frame, the last repeated, as in the paper", "vjepa", {"clip_rule": "step"}),
     "variance": ("variance–covariance term, weight 0.1", "vjepa", {"variance": 0.1}),
     "scratch": ("from random weights, 1500 steps", "vjepa", SCRATCH),
     "scratch-blocks": ("from random weights, published masks", "vjepa", {**SCRATCH, "mask": "multiblock"}),
@@ -199,6 +200,9 @@ def tune(data, seeds, only):
                 settings["init"] = str(good.folder / "checkpoint.pt")
             lab = (FewClips if "clips" in changes else InnerFold)("tiny", data, seed=seed, **settings)
             run = lab.encoder(method, what.get("lam", 1.0), what.get("freeze", 0))
+            if "clip_rule" in changes:  # of pre-training alone: what is probed and scored are the same clips for all
+                method = "initial"
+                lab = InnerFold("tiny", data, seed=seed, **SIZE | {"init": str(run.folder / "checkpoint.pt")})
             dsc, all_labels = (per_patient(lab, method, f, "val", **what) for f in (10, 100))
             end = run.history.dropna().iloc[-1] if len(run.history) else {}
             row = {"name": name, "words": words, "seed": seed, "dsc": float(dsc.mean()),
