@@ -248,7 +248,7 @@ def test_killed_while_a_checkpoint_is_written_it_ends_the_same(make_lab, capsys,
     capsys.readouterr()
     run = make_lab().encoder("vjepa_ll", 0.25)
     assert ("not on disk" if save == 1 else "goes on where it stopped") in capsys.readouterr().out
-    assert {p.name for p in folder.iterdir()} == {"checkpoint.pt", "history.csv", "run.json", "lock"}
+    assert {p.name for p in folder.iterdir()} == {"checkpoint.pt", "history.csv", "run.json", "seconds", "lock"}
     other = make_lab("undisturbed").encoder("vjepa_ll", 0.25)
     assert same(weights.read(folder / "checkpoint.pt"), weights.read(other.folder / "checkpoint.pt"))
     assert run.history.equals(other.history)

@@ -67,8 +67,9 @@ def look(name: str, p: Profile, data: str) -> Data:
     frames, batch = p.frames, p.batch // p.devices
     if converted := Path(data).is_file():
         lab = Dataset(name, data)
-        clips, table = {k: len(lab.store.rows(k, labelled=True)) for k in PARTS}, lab.store.table
-        train, frames = table.loc[lab.store.rows("train", labelled=True), "patient"].unique(), lab.frames
+        table, frames = lab.store.table, lab.frames
+        clips = {k: int((table["labelled"] & (table["split"] == k)).sum()) for k in PARTS}
+        train = table["patient"][lab.store.rows("train", labelled=True)].unique()
     elif data:
         entries = [e for e in camus.scan(data) if any("_gt" in role for role in e.files)]
         part, _ = camus.splits(data, [e.patient for e in entries])

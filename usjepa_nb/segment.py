@@ -147,7 +147,7 @@ def predictor(lab: Lab, run: Run, fraction: int = 100) -> Callable[[np.ndarray],
 
         def logits(grey):
             features, seen = probe.encode(encoder, grey, p.sector_aware)
-            with torch.autocast(grey.device.type, enabled=False):  # as it learned: from half-precision features
+            with probe.autocast("32-true", grey.device):  # as it learned: from half-precision features
                 return model[1](features.half(), seen)
 
     @torch.no_grad()
