@@ -90,7 +90,8 @@ def test_run_injects_works_in_the_root_and_leaves_no_traces(saved, tmp_path):
         JUPYTER_PREFER_ENV_PATH="0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # jupyter_client interrupts a kernel before it asks it to stop; a slow one is still busy with its last reply then
+    assert done.stderr.replace("[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel.\n", "") == ""
     assert printed(out).strip().split("|") == [str(ROOT), sys.executable, "3", "0.001", "tiny", "1"]
     nb = nbformat.read(out, as_version=4)
     assert [cell.execution_count for cell in nb.cells] == [1, 2, 3, 4, 5]
