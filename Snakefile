@@ -105,8 +105,8 @@ rule notebook:
         settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
         source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
-    priority: lambda w: 3 if "--supervised" in w.name else 2 if "--vjepa-lam1-f0-" in w.name else \
-        1 if w.name.startswith(("03_", "07_")) else 0  # the longest first, and what they wait for
+    priority: lambda w: 3 if "--supervised" in w.name else 2 if w.name.startswith(("03_", "04_")) else \
+        1 if w.name.startswith(("05_", "07_")) else 0  # the longest first, and what others wait for
     params:
         extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=lambda w: GIVEN,
         converted=lab.converted and lab.hdf5.stat().st_mtime_ns,  # another file of that name: its jobs run again
