@@ -69,6 +69,8 @@ VARIANTS = {
                          {"target_layers": 1, "centre": 0.0, "beta": 0.0}),
     "l1": ("L1 for smooth L1", "vjepa", {"beta": 0.0}),
     "blocks": ("masks: multi-block, as published", "vjepa", {"mask": "multiblock"}),
+    "blocks-first": ("masks: multi-block, cut at their ends as published, so late tubelets are seen less", "vjepa",
+                     {"mask": "multiblock", "mask_rule": "first", **SAME}),
     "hidden-50": ("masks: half of the places hidden", "vjepa", {"hidden": 0.5}),
     "hidden-85": ("masks: 85 % hidden", "vjepa", {"hidden": 0.85}),
     "all-tokens": ("tokens outside the sector kept", "vjepa",
