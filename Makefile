@@ -97,7 +97,7 @@ HOW = $(WHERE) --rerun-incomplete --nolock --quiet all --config "profile=$$PROFI
 # Snakemake reads values as YAML, where a '#' would begin a comment: the folder goes in YAML's quotes (and in
 # blanks, without which it would take off the quotes first).
 THERE = test -z "$$DATA" || test -e "$$DATA" || { echo "DATA: there is no folder or file $$DATA"; exit 1; }; \
-	data="$$DATA"; test -z "$$data" || data=" '$$(printf %s "$$(cd "$$(dirname "$$data")" && pwd)/$$(basename "$$data")" | \
+	data="$$DATA"; test -z "$$data" || data=" '$$(printf %s "$$(CDPATH= cd -- "$$(dirname "$$data")" && pwd)/$$(basename "$$data")" | \
 	sed "s/'/''/g")' "
 
 run: $(READY)

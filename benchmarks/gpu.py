@@ -7,13 +7,16 @@ the phantom. The table is printed and kept as data_cache/gpu.json; a variant tha
 the rest goes on.
 """
 import argparse
+import gc
 import itertools
 import json
 import math
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -77,21 +80,23 @@ class Variant:
 
 
 def flops_of(p: Profile, grey: torch.Tensor, changes: dict, freeze: int) -> float:
-    """FLOPs of a step without LL, which is not run, over two draws of masks."""
+    """FLOPs of a step without LL, which is not run, over four draws of masks."""
     p = p.replace(init="random", sector_aware=False, mask_rule="first").replace(**changes)
-    stage = cost.training(p, p.frames, "vjepa", freeze, [grey.float().cpu()] * 2)
+    stage = cost.training(p, p.frames, "vjepa", freeze, [grey.float().cpu()] * 4)
     return stage.flops - stage.ll
 
 
-def side_by_side(runs: int, size: str, seconds: float) -> float:
+def side_by_side(runs: int, size: str, seconds: float, limit: float = 120) -> float:
     """Steps a second of `runs` processes on one GPU together; they measure when all of them are warm.
 
     Raises:
-        RuntimeError: one of them failed, for want of memory perhaps.
+        RuntimeError: one of them failed, for want of memory perhaps, or they took longer than `limit` seconds.
     """
     command = [sys.executable, __file__, "--worker", str(seconds), "--size", size]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                  for _ in range(runs)]
+    late = threading.Timer(limit, lambda: [p.kill() for p in processes])
+    late.start()
     try:
         said = [p.stdout.readline() for p in processes]  # "warm", or nothing
         if all(said):
@@ -102,6 +107,7 @@ def side_by_side(runs: int, size: str, seconds: float) -> float:
             raise RuntimeError(f"{said.count('')} of {runs} processes ended early")
         return sum(float(s.splitlines()[-1]) for s in said)
     finally:
+        late.cancel()
         for p in processes:
             p.kill()
 
@@ -131,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES], default="ViT-L 224²×16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4], help="processes side by side")
+    parser.add_argument("--variants", nargs="*", choices=[*VARIANTS], default=[*VARIANTS], help="some of the rows")
+    parser.add_argument("--runs", type=int, nargs="*", default=[1, 2, 4], help="processes side by side; may be none")
     parser.add_argument("--worker", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "data_cache" / "gpu.json")
     a = parser.parse_args(argv)
@@ -152,20 +159,20 @@ def main(argv: list[str] | None = None) -> None:
         a.out.parent.mkdir(exist_ok=True)
         write_text(a.out, json.dumps(out, indent=1))
 
-    base = Step(vjepa(p)[1], device)
-
-    count = itertools.count(1)
-
-    def published(step: Step = base) -> None:
-        step(grey.float(), Generator().manual_seed(next(count)), autocast(precision, device))
-
-    for name, (changes, freeze) in VARIANTS.items():
+    base, counted = Step(vjepa(p)[1], device), {}
+    for name in a.variants:
+        changes, freeze = VARIANTS[name]
         if freeze >= p.depth:
             continue
         try:
-            mine = Variant(p, grey, device, changes, freeze)
+            mine, seeds = Variant(p, grey, device, changes, freeze), itertools.count(1)  # the same masks for both
+
+            def published(step: Step = base, seeds: Iterator[int] = seeds) -> None:
+                step(grey.float(), Generator().manual_seed(next(seeds)), autocast(precision, device))
+
             seconds = compare({"published": published, "mine": mine}, a.rounds, device)
-            flops = flops_of(p, grey, changes, freeze)
+            work = frozenset((changes | {"compile": False, "freeze": freeze}).items())
+            flops = counted[work] = counted.get(work) or flops_of(p, grey, changes, freeze)
             peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else math.nan
             out["rows"].append({"variant": name, "frozen": freeze, "ms": 1e3 * seconds["mine"],
                                 "published, ms": 1e3 * seconds["published"],
@@ -178,13 +185,14 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             mine = None
             if device == "cuda":
+                gc.collect()  # a compiled module holds itself
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
         keep()
     by_frozen = {r["frozen"]: r["ms"] / 1e3 for r in out["rows"] if r["variant"].endswith(("sector", "frozen"))}
     if by_frozen.keys() >= {0, 12, 16}:
         out["hours in the sector"] = hours(p, by_frozen)
-    del base, published
+    base = published = None
     together = out["side by side, steps a second in all"] = {}
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -94,6 +94,7 @@ MATRIX = {
     "checkpoint cut short": "test_weights.py::test_a_truncated_file_is_refused",
     "published checkpoint of another size": "test_weights.py::test_a_model_of_another_size_is_refused",
     "run's checkpoint of another size or kind": f"{R}::test_a_checkpoint_of_another_run_is_named_with_the_remedy",
+    "run.json empty or cut short": f"{R}::test_a_description_that_is_damaged_is_named_and_made_again",
     "checkpoint that carries code": "test_weights.py::test_code_in_a_file_is_refused_and_does_not_run",
     "code in any file of a run": f"{R}::test_code_in_a_file_of_a_run_does_not_run",
     # parameters and devices

@@ -1,6 +1,7 @@
 """Faults in parameters, notebooks, checkpoints, devices and runs. `faults.MATRIX` lists all cases and their tests."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -333,6 +334,20 @@ def test_a_checkpoint_of_another_run_is_named_with_the_remedy(make_lab, change):
     assert len(make_lab().encoder("vjepa").history) == 6
 
 
+def test_a_description_that_is_damaged_is_named_and_made_again(make_lab):
+    lab = make_lab()
+    described = lab.encoder("vjepa").folder / "run.json"
+    whole = json.loads(described.read_text())
+    for damaged in ("", described.read_text()[:40]):
+        described.write_text(damaged)
+        with pytest.raises(OSError) as caught:
+            make_lab().encoder("vjepa")
+        sentence(caught.value, "run.json cannot be read", "delete it, and the run goes on from its checkpoint")
+        described.unlink()
+        assert len(make_lab().encoder("vjepa").history) == 6
+        assert json.loads(described.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
+
+
 @pytest.mark.parametrize("error", [KeyError("encoder"), RuntimeError("size mismatch\n\tfor a"), ValueError("a group")])
 def test_restoring_puts_any_misfit_into_one_sentence(tmp_path, error):
     with pytest.raises(WeightsError) as caught, weights.restoring(tmp_path / "c.pt"):
@@ -377,12 +392,13 @@ def test_code_in_a_file_of_a_run_does_not_run(make_lab, tmp_path, what):
             segmentation(make_lab(), "random")
     else:
         np.savez(tmp_path / what, row=evil)
-        with pytest.raises(ValueError, match="pickle"):
+        with pytest.raises(OSError, match="pickle"):
             dataset.store.parts.load(tmp_path / what, "row")
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-60], lambda data: b"", lambda data: b"no zip" * 50])
+@pytest.mark.parametrize("damage", [lambda data: data[:-60], lambda data: b"", lambda data: b"no zip" * 50,
+                                    lambda data: data[:99] + bytes(9) + data[108:]])  # zlib notices this one
 def test_a_damaged_segmentation_is_named_with_the_remedy(make_lab, damage):
     lab = make_lab()
     wanted = segmentation(lab, "random").best

@@ -1,5 +1,6 @@
 """Training: the same again however often it is stopped, targets and EMA by the formula, monitors by hand."""
 
+import contextlib
 import copy
 import math
 import os
@@ -402,6 +403,40 @@ def test_compiled_blocks_train_alike(lab, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert list(weights.read(tmp_path / "c.pt")["encoder"]) == list(weights.read(tmp_path / "e.pt")["encoder"])
+
+
+# --- batches made ahead
+
+def test_on_a_gpu_the_next_batch_is_made_while_one_is_used_and_memory_waits_for_its_use(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name="main"):
+            self.name = name
+
+        def record_event(self):
+            event = f"{self.name} {sum(e.startswith(self.name) for e in said)}"
+            said.append(event)
+            return event
+
+        def wait_event(self, event):
+            said.append(f"[{self.name} waits for {event}]")
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    made, used = [], []
+    for step, batch in pretrain.ahead(lambda k: made.append(k) or f"batch {k}", range(3, 8), torch.device("cuda")):
+        assert batch == f"batch {step}"
+        used.append(step)
+    assert made == used == [3, 4, 5, 6, 7]
+    for k in range(5):  # a step begins when its batch is there
+        assert said.index(f"side {k}") < said.index(f"[main waits for side {k}]")
+    for k in range(2, 5):  # batch k may take the memory of batch k - 2, whose use has ended
+        waits = said.index(f"[side waits for main {k - 2}]")
+        assert said.index(f"main {k - 2}") < waits < said.index(f"side {k}")
 
 
 # --- divergence

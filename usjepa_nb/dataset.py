@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Generator, Tensor
 
-from usjepa_nb import grid, phantom, store
+from usjepa_nb import grid, parallel, phantom, store
 from usjepa_nb.augment import augment, crop_and_flip
 from usjepa_nb.camus import CamusError
 from usjepa_nb.profile import ROOT, Profile, load
@@ -129,7 +129,7 @@ class Dataset:
         root = self.cache / self.data_name
         with FileLock(f"{root}.lock"):
             return phantom.make(root, self.profile.patients, self.profile.phantom_seed,
-                                spacing=self.profile.spacing)
+                                spacing=self.profile.spacing, workers=parallel.cores())
 
     @property
     def converted(self) -> bool:
@@ -164,7 +164,7 @@ class Dataset:
             CamusError: nothing could be converted, a patient is in two parts, or a given file has another frame size.
         """
         if not self.converted and (not self.hdf5.exists() or self.data):
-            report = store.convert(self.tree, self.hdf5, self.profile.size)
+            report = store.convert(self.tree, self.hdf5, self.profile.size, workers=parallel.cores())
             for message in report.refused.values():
                 print(f"refused: {message}")
             print(f"{self.hdf5.name}: {report.converted} sequences converted, {report.reused} reused, "

@@ -4,8 +4,13 @@ import os
 import threading
 import time
 
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
+
+
+def cores(most=16) -> int:
+    """Processor cores that this process may use, at most `most`."""
+    return min(cpu_count(), most)
 
 
 def run(function, jobs, workers, **bar) -> list:

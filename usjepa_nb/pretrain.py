@@ -142,19 +142,21 @@ def ahead(make: Callable[[int], object], steps: range, device: torch.device) -> 
         return
     stream = torch.cuda.Stream(device)
 
-    def on_stream(step: int) -> tuple[object, torch.cuda.Event]:
+    def on_stream(step: int, used: torch.cuda.Event | None) -> tuple[object, torch.cuda.Event]:
         with torch.cuda.device(device), torch.cuda.stream(stream):
+            if used is not None:  # the memory of what was made two steps ago may be given out again: it is in no use
+                stream.wait_event(used)
             return make(step), stream.record_event()
 
     with ThreadPoolExecutor(1) as one:
-        waiting = one.submit(on_stream, steps[0]) if steps else None
+        waiting, used = one.submit(on_stream, steps[0], None) if steps else None, None
         for step in steps:
             made, ready = waiting.result()
             if step + 1 < steps.stop:
-                waiting = one.submit(on_stream, step + 1)
+                waiting = one.submit(on_stream, step + 1, used)
             torch.cuda.current_stream(device).wait_event(ready)
             yield step, made
-            stream.wait_stream(torch.cuda.current_stream(device))  # its memory is not given out again before its use
+            used = torch.cuda.current_stream(device).record_event()
 
 
 def as_numbers(rows: list[dict]) -> list[dict]:

@@ -50,7 +50,7 @@ def encode(encoder: Encoder, grey: Tensor, sector_aware: bool, seen: Tensor | No
     seen = seen_tokens(encoder, grey, sector_aware) if seen is None else seen
     if not sector_aware:
         return encoder(x), seen
-    keep, valid = (v.to(grey.device) for v in rectangle(seen.cpu(), "pad", Generator()))
+    keep, valid = (v.to(grey.device, non_blocking=True) for v in rectangle(seen.cpu(), "pad", Generator()))
     z = encoder(x, keep, valid) * valid[..., None]
     full = z.new_zeros(len(z), seen.shape[1], z.shape[-1])
     return full.scatter_add(1, keep[..., None].expand_as(z), z), seen
@@ -88,7 +88,7 @@ class SegmentationProbe(nn.Module):
         The two transposed convolutions have kernel = stride, so each is a matrix product, token by token; of a
         token's patch of f·s pixels they make f × f blocks of s × s.
         """
-        keep, valid = (v.to(features.device) for v in rectangle(seen.cpu(), "pad", Generator()))
+        keep, valid = (v.to(features.device, non_blocking=True) for v in rectangle(seen.cpu(), "pad", Generator()))
         x = (gather(features, keep).float() - self.mean) / self.std
         kv = self.norm1(x)
         x = x + self.attention(kv + self.query, kv, kv, key_padding_mask=~valid, need_weights=False)[0]
@@ -119,7 +119,7 @@ class SegmentationProbe(nn.Module):
         patches, keep, valid = self.patches(features, seen)
         (t, y, x), (_, _, f, _, n, _, s, _) = self.grid, patches.shape
         labels = masks.view(-1, t, n, y, f, s, x, f, s).permute(0, 1, 3, 6, 4, 7, 2, 5, 8).flatten(4).flatten(1, 3)
-        known, outside = labels != UNLABELLED, ~seen.to(labels.device)[..., None]
+        known, outside = labels != UNLABELLED, ~seen.to(labels.device, non_blocking=True)[..., None]
         missed = ((labels != 0) & known & outside).sum()  # labels outside the sector, at `on_grid`'s fixed logits
         labels = gather(labels, keep).masked_fill(~valid[..., None], UNLABELLED).flatten(0, 1).long()
         logits = patches.flatten(0, 1).movedim(4, 1).flatten(2)  # [tokens, classes, pixels of the tubelet]
@@ -223,6 +223,7 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
         probe = SegmentationProbe(grid, p.tubelet_size, cache.features.shape[-1], p.heads, p.probe_width)
     probe.fit_scale(cache.features[train], cache.seen[train])
     probe.to(device)
+    features, there = cache.features.to(device), masks.to(device)  # once: fp16 and bytes, some GB at ViT-L
     per_epoch = math.ceil(len(train) / p.probe_batch)
     steps = max(p.probe_epochs * per_epoch, p.probe_min_steps)
     look = max(per_epoch, steps // 10)  # validate about ten times
@@ -235,13 +236,14 @@ def fit(cache: Cache, masks: Tensor, train: np.ndarray, val: np.ndarray, grid: G
             order = torch.from_numpy(train)[torch.randperm(len(train), generator=generator)]
         index, order = order[:p.probe_batch], order[p.probe_batch:]
         with autocast(p.precision, device):
-            loss = probe.loss(cache.features[index].to(device), cache.seen[index], masks[index].to(device))
+            at = index.to(device, non_blocking=True)
+            loss = probe.loss(features[at], cache.seen[index], there[at])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % look == 0 or step == steps:
-            dice = mean_dice(predict(probe, cache.features[val], cache.seen[val]), masks[val])
+            dice = mean_dice(predict(probe, features[torch.from_numpy(val).to(device)], cache.seen[val]), masks[val])
             history.append({"step": step, "loss": float(loss.detach()), "val_dsc": dice})
             if not dice <= best:  # nan, of masks without a heart, is taken as well
                 best, best_state = dice, state()

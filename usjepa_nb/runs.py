@@ -39,6 +39,18 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def read_run(path: Path) -> dict:
+    """A run's description, and what it took, from its run.json.
+
+    Raises:
+        OSError: damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise OSError(f"{path} cannot be read ({e}): delete it, and the run goes on from its checkpoint") from e
+
+
 @dataclass
 class Run:
     """One encoder: its folder, what it is, its training history and the encoder to be probed."""
@@ -116,7 +128,7 @@ class Lab(Dataset):
                 parallel.run(one_of_several, [(self, spec, rank, port) for rank in range(devices)], devices,
                              disable=True)
             _, rows = pretrain.resume(folder / "checkpoint.pt", objective)
-        seconds = json.loads(finished.read_text())["seconds"]
+        seconds = read_run(finished)["seconds"]
         print(f"{label(spec)}: {spec['settings']['steps']} steps, trained in {seconds:.0f} s [{folder.name}]")
         yield Run(folder, spec, objective.eval().features, pd.DataFrame(rows), objective)
 

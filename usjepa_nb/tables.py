@@ -20,9 +20,11 @@ import torch
 
 from usjepa_nb import manifest, metrics
 from usjepa_nb.grid import Cell
+from usjepa_nb.memory import OutOfMemory
 from usjepa_nb.methods import PRETRAINED, UNTRAINED
+from usjepa_nb.pretrain import Diverged
 from usjepa_nb.profile import ROOT
-from usjepa_nb.runs import Lab, write_text
+from usjepa_nb.runs import Lab, read_run, write_text
 from usjepa_nb.segment import segmentation
 from usjepa_nb.weights import WeightsError
 
@@ -43,7 +45,8 @@ def collect(lab: Lab, cells: Iterable[Cell], fractions: Iterable[int], seeds: in
     """Scores per video of every cell, share of labels and seed, and what is missing.
 
     Args:
-        train: make what is not on disk; else it is missing. Weights that cannot be had are missing either way.
+        train: make what is not on disk; else it is missing. Weights or a package that cannot be had, a training that
+            diverges or that the memory is too small for make their cell missing, with the reason.
 
     Returns:
         scores: `segment.scores` with columns cell, lam, freeze, fraction, seed and seconds before it.
@@ -56,7 +59,7 @@ def collect(lab: Lab, cells: Iterable[Cell], fractions: Iterable[int], seeds: in
             for fraction in sorted(fractions, reverse=True):
                 try:
                     s = None if reason else segmentation(one, cell.method, fraction, cell.lam, cell.freeze, train=train)
-                except WeightsError as e:
+                except (WeightsError, Diverged, OutOfMemory, ImportError) as e:  # of this cell; the others go on
                     s, reason = None, str(e)
                 if s is None:
                     missing.append({"cell": cell.id, "fraction": fraction, "seed": one.seed,
@@ -155,7 +158,7 @@ def summary(lab: Lab, grid: str = "walk") -> dict:
                 file = other.folder(spec) / "run.json"
                 if file.exists():
                     name = f"train {c.id}" + (f" {f}%" if spec["fraction"] else "") + f" seed {other.seed}"
-                    run = json.loads(file.read_text())
+                    run = read_run(file)
                     trained[name], threads = run["seconds"], threads | {run.get("threads")}  # older runs did not say
     as_json = lambda table: json.loads(table.to_json(orient="records"))  # noqa: E731
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -202,6 +205,8 @@ def show(lab: Lab, content: dict, grid: str) -> None:
     seeds = f"{len(content['seeds'])} seeds" if len(content["seeds"]) > 1 else "one seed"
     for key, split, title in (("table1", "validation", "Table 1"), ("rows", "test", "Table 2")):
         table = pd.DataFrame(content[key])
+        if not len(lab.store.rows("val" if key == "table1" else "test", labelled=True)):
+            print(f"\n{title} is empty: no {split} video has reference masks ({lab.store.split_note})")
         if not len(table) or (key == "table1" and grid == "walk"):
             continue
         shown = table.groupby(["method", "fraction"], sort=False).dsc.mean().unstack()
@@ -211,6 +216,8 @@ def show(lab: Lab, content: dict, grid: str) -> None:
     if content["effects"]:
         print("\nPaired differences over test patients, mean [95 % interval]:\n")
     for r in content["effects"]:
+        if not r["n"]:
+            continue
         bounds = f"[{r['low']:+.3f}, {r['high']:+.3f}]" if r["n"] > 1 else "(one patient)"
         print(f"{r['fraction']:4d} %  {r['a']} minus {r['b']}: {r['difference']:+.3f} {bounds}")
     for (cell, reason), g in pd.DataFrame(content["missing"] or {"cell": [], "reason": []}).groupby(["cell", "reason"]):

@@ -16,6 +16,10 @@ from torch.nn import functional as F
 
 Grid = tuple[int, int, int]  # tokens along (t, y, x)
 
+# cuDNN's attention plans every new shape, which takes the host tens of milliseconds, and here the number of tokens
+# changes from step to step. Flash and memory-efficient attention take any shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens [B, N, D] (or [1, N, D]) at index [B, K] -> [B, K, D]."""
