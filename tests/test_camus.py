@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from usjepa_nb.camus import UNLABELLED, CamusError
 REAL, REAL_MHD = (Path(__file__).parents[2] / "shared" / name for name in ("camus", "camus_mhd"))
 
 
-def write_nifti(path, array, dtype=np.float32, spacing=(0.5, 0.25)):
+def write_nifti(path, array, dtype=np.float32, spacing=(0.5, 0.25), signs=(-1, -1)):
     """[T, H, W] or [H, W] as CAMUS stores it: float32, (x, y[, t]), negative affine; spacing is (y, x)."""
-    image = nibabel.Nifti1Image(np.asarray(array, dtype).T, np.diag([-spacing[1], -spacing[0], 1, 1]))
-    nibabel.save(image, path)
+    affine = np.diag([signs[0] * spacing[1], signs[1] * spacing[0], 1, 1])
+    nibabel.save(nibabel.Nifti1Image(np.asarray(array, dtype).T, affine), path)
 
 
-def write_mhd(path, array, spacing=(0.5, 0.25)):
+def write_mhd(path, array, spacing=(0.5, 0.25), signs=(1, 1)):
     image = SimpleITK.GetImageFromArray(np.asarray(array, np.uint8))
     image.SetSpacing((spacing[1], spacing[0], 1.54))
+    image.SetDirection(np.diag([*signs, 1.0]).ravel())
     SimpleITK.WriteImage(image, str(path))
 
 
@@ -276,6 +278,71 @@ def test_stills_that_do_not_match_are_refused(tmp_path, name, array):
     assert file == f"patient0001/patient0001_4CH_{name}.nii.gz" and "shape" in message
 
 
+OFF = [({"spacing": (0.5, 0.26)}, r"a pixel spacing of \(0.5, 0.26\) mm \(y, x\) where its frames have \(0.5, 0.25\)"),
+       ({"spacing": (1.0, 0.5)}, "pixel spacing"), ({"signs": (1, -1)}, "axes that run RP .* its frames run LP"),
+       ({"signs": (-1, 1)}, "axes that run LA")]
+
+
+@pytest.mark.parametrize(("off", "words"), OFF)
+@pytest.mark.parametrize("role", ["half_sequence_gt", "ES", "ED_gt", "ES_gt"])
+def test_a_file_on_another_grid_than_its_frames_is_refused(tmp_path, role, off, words):
+    """Of the same shape, yet its pixels lie elsewhere: an EF or a distance of the two would be wrong."""
+    folder, _ = write_patient(tmp_path, sequence="half" in role, sequence_gt="half" in role)
+    array = {"half_sequence_gt": MASKS, "ES": FRAMES[5], "ED_gt": MASKS[0], "ES_gt": MASKS[5]}[role]
+    replace(role, array)(folder)
+    read_only_one(tmp_path)
+    replace(role, array, **off)(folder)
+    file, message = refused(tmp_path)
+    assert file == f"patient0001/patient0001_4CH_{role}.nii.gz" and re.search(words, message)
+
+
+@pytest.mark.parametrize(("off", "words"), [({"spacing": (0.25, 0.25)}, "pixel spacing"),
+                                            ({"signs": (-1, 1)}, "axes that run RP")])
+def test_an_mhd_mask_on_another_grid_than_its_frames_is_refused(tmp_path, off, words):
+    folder, _ = write_patient(tmp_path, ending=".mhd", sequence=False, sequence_gt=False)
+    write_mhd(folder / "patient0001_4CH_ES_gt.mhd", MASKS[5:], **off)
+    file, message = refused(tmp_path)
+    assert file == "patient0001/patient0001_4CH_ES_gt.mhd" and words in message
+
+
+def test_a_spacing_that_was_rounded_and_an_axis_that_is_not_told_are_read(tmp_path):
+    folder, (_, masks) = write_patient(tmp_path, sequence=False, sequence_gt=False)
+    replace("ES_gt", masks[5], spacing=(0.502, 0.249))(folder)
+    plain = nibabel.Nifti1Image(masks[0].astype(np.uint8).T, None)
+    plain.header.set_zooms((0.25, 0.5))
+    nibabel.save(plain, folder / "patient0001_4CH_ED_gt.nii.gz")
+    assert (read_only_one(tmp_path).masks == masks[[0, 5]]).all()
+
+
+def test_ed_of_two_frames_is_refused_by_its_own_name(tmp_path):
+    folder, _ = write_patient(tmp_path, sequence=False, sequence_gt=False)
+    replace("ED", FRAMES[:2])(folder)
+    assert refused(tmp_path) == ("patient0001/patient0001_4CH_ED.nii.gz", "patient0001/patient0001_4CH_ED.nii.gz has 2 "
+                                 "frames instead of one: download it again, or delete it to go on without it.")
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("unknown", 1), ("meter", 1e-3), ("micron", 1e3)])
+def test_the_unit_of_a_nifti_is_honoured(tmp_path, unit, factor):
+    folder, (_, masks) = write_patient(tmp_path)
+    image = nibabel.Nifti1Image(masks.astype(np.uint8).T, np.diag([-0.25 * factor, -0.5 * factor, 1, 1]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, folder / VIDEO)
+    assert read_only_one(tmp_path).spacing == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(("line", "spacing"), [("ElementSize = 0.25 0.5 1.54\n", (0.5, 0.25)), ("", None)])
+def test_an_mhd_header_that_tells_no_spacing_is_refused(tmp_path, line, spacing):
+    """ITK takes 1 mm then."""
+    folder, _ = write_patient(tmp_path, ending=".mhd", sequence_gt=False, stills_gt=False)
+    header = folder / "patient0001_4CH_sequence.mhd"
+    header.write_text(re.sub("ElementSpacing.*\n", line, header.read_text()))
+    if spacing:
+        assert read_only_one(tmp_path).spacing == spacing
+    else:
+        assert refused(tmp_path)[1] == (f"patient0001/{header.name} has no line ElementSpacing: write its mm there, or "
+                                        "delete it to go on without it.")
+
+
 def test_ed_without_es_is_refused(tmp_path):
     folder, _ = write_patient(tmp_path, sequence=False, sequence_gt=False)
     (folder / "patient0001_4CH_ES.nii.gz").unlink()
@@ -303,6 +370,25 @@ def test_a_patient_that_is_there_twice_is_refused_and_others_are_read(tmp_path):
     with pytest.raises(CamusError, match=r"database_nifti/patient0001 is there twice, also as copy/patient0001"):
         camus.read(twice)
     assert camus.read(once).patient == "patient0002"
+
+
+def test_views_from_two_folders_are_not_put_together_as_one_patient(tmp_path):
+    """As where training/ and testing/ both count from patient0001."""
+    for where, name, view in (("training", "patient0001", "2CH"), ("testing", "patient0001", "4CH"),
+                              ("testing", "patient0002", "4CH")):
+        write_patient(tmp_path / where, name, view)
+    (tmp_path / "training" / "patient0002").mkdir()  # holds nothing, so that the other one is good
+    read, told = [], []
+    for entry in camus.scan(tmp_path):
+        try:
+            read.append((camus.read(entry).patient, entry.view))
+        except CamusError as error:
+            told.append(str(error))
+    assert read == [("patient0002", "4CH")]
+    assert told[:2] == [
+        f"{one}/patient0001 is there twice, also as {other}/patient0001: keep only one of them, or read {one}/ alone."
+        for one, other in (("training", "testing"), ("testing", "training"))] and "holds no image" in told[2]
+    assert [e.problem for e in camus.scan(tmp_path / "testing")] == [None, None]
 
 
 def test_files_named_after_another_patient_are_refused(tmp_path):
@@ -364,6 +450,16 @@ def test_official_parts_are_kept(tmp_path):
     assert part == dict.fromkeys(people(2, 6), "train") | dict.fromkeys(people(7, 8), "val") | {"patient0009": "test"}
     assert note == "8 of 8 patients by the official lists"
     assert camus.splits(tmp_path / "database_nifti", people(2, 9))[0] == part  # the lists lie beside it
+
+
+@pytest.mark.parametrize(("listed", "words"), [
+    (["patient1", "patient2"], "official lists set aside, none of the 2 they name is here; val was empty, 1 drawn"),
+    ([], "official lists set aside, none of the 0 they name is here"), (None, "no official lists; val was empty")])
+def test_lists_that_name_nobody_here_are_told_from_no_lists(tmp_path, listed, words):
+    if listed is not None:
+        write_lists(tmp_path, train=listed, val=[], test=[])
+    part, note = camus.splits(tmp_path, people(1, 6))
+    assert note.startswith(words) and "missing" not in note and set(part.values()) == set(camus.PARTS)
 
 
 def test_an_empty_part_is_drawn_from_train_and_the_note_says_so(tmp_path):

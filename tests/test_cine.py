@@ -75,6 +75,37 @@ def test_frame_time_from_a_vector_or_a_rate(here):
     assert cine.read(dicom(here / "d.dcm", film, FrameTime=None, FrameTimeVector=[20])).frame_ms is None
 
 
+@pytest.mark.parametrize("wrong", ["-25", "nan", "inf"])
+def test_a_frame_time_that_cannot_be_is_unknown_and_told(here, wrong):
+    found = cine.read(dicom(here / "a.dcm", loop()[0]))  # a good one, whose frame time is changed in the file
+    raw = (here / "a.dcm").read_bytes()
+    assert raw.count(b"DS\x04\x0025.0") == 1 and found.frame_ms == 25
+    (here / "a.dcm").write_bytes(raw.replace(b"DS\x04\x0025.0", b"DS\x04\x00" + wrong.ljust(4).encode()))
+    found = cine.read(here / "a.dcm")
+    assert found.frame_ms is None and found.spacing == pytest.approx((0.5, 0.3))
+    assert found.note == f"its frame time of {wrong} ms cannot be, so it is unknown"
+    assert cine.read(dicom(here / "b.dcm", loop()[0], FrameTime=-25, CineRate=50)).frame_ms == 20
+    both = cine.read(dicom(here / "c.dcm", loop()[0], region=(0, 0, 319, 239), FrameTime=-25)).note
+    assert "spacing is not taken; its frame time of -25 ms" in both
+
+
+def test_of_several_regions_the_largest_with_tissue_in_two_dimensions_counts(here):
+    """PS3.3 C.8.5.5: format 1 is 2-D, 3 a waveform; data type 1 is tissue, 2 colour flow, 10 an ECG."""
+    def region(corners, mm, spatial=1, data=1):
+        path = dicom(here / "region.dcm", loop(2)[0], region=corners, delta=(mm / 10, mm / 10))
+        (found,) = dcmread(path).SequenceOfUltrasoundRegions
+        found.RegionSpatialFormat, found.RegionDataType = spatial, data
+        return found
+
+    small, large = region((90, 80, 149, 109), 0.2), region((10, 5, 89, 104), 0.4)
+    flow, trace = region((0, 0, 159, 119), 0.7, data=2), region((0, 0, 159, 119), 0.9, spatial=3)
+    for order in ([small, large, flow, trace], [trace, flow, large, small]):
+        found = cine.read(dicom(here / "a.dcm", loop()[0], SequenceOfUltrasoundRegions=order))
+        assert found.region == (5, 105, 10, 90) and found.spacing == pytest.approx((0.4, 0.4))
+    found = cine.read(dicom(here / "b.dcm", loop()[0], SequenceOfUltrasoundRegions=[flow, trace]))
+    assert found.region is None and found.spacing is None
+
+
 def test_a_region_without_its_corners_leaves_the_frames(here):
     path = dicom(here / "a.dcm", loop()[0])
     dataset = dcmread(path)
@@ -111,6 +142,29 @@ def test_video(here, suffix, off):
     found = cine.read(video(here / f"Schleife äöü{suffix}", film))
     assert found.frames.shape == film.shape and found.frame_ms == pytest.approx(50) and found.spacing is None
     assert np.abs(found.frames.astype(float) - film).mean() <= off  # 0 stays 0 and 255 stays 255, not 16 and 235
+
+
+FAST = {"output_params": ["-movflags", "+faststart"]}  # the index stands first, as in files made for the web
+
+
+@pytest.mark.parametrize("name, options", [("a.avi", {}), ("b.avi", {"codec": "mjpeg", "pix_fmt_out": "yuvj420p"}),
+                                           ("a.mp4", FAST), ("a.mov", FAST), ("a.mkv", {})])
+def test_a_video_cut_short_says_so(here, name, options):
+    path = video(here / name, loop(40)[0], fps=29.97, **options)
+    assert len(cine.read(path).frames) == 40 and not cine.read(path).note
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 6 // 10])
+    found = cine.read(path)
+    assert 10 < len(found.frames) < 40
+    for one in (found, cine.given(found, mm_per_pixel=0.5, frame_ms=20)):
+        assert "its header tells of more frames, so it may be cut short: copy it again" in str(one)
+
+
+def test_an_avi_whose_header_tells_no_length_is_read(here):
+    """Of a recording that was not closed: 0, or all bits set."""
+    path = video(here / "a.avi", loop(5)[0])
+    for length in (bytes(4), b"\xff" * 4):
+        path.write_bytes(path.read_bytes()[:4] + length + path.read_bytes()[8:])
+        assert len(cine.read(path).frames) == 5
 
 
 def test_nifti_keeps_pixels_that_are_not_square(here):
@@ -163,6 +217,30 @@ def sixteen_bits(folder):
     return folder
 
 
+def deep_nifti(path):
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.full((9, 9, 3), 4000, np.uint16), np.eye(4)), path)
+    return path
+
+
+def words_for_a_number(path):
+    """A loop whose NumberOfFrames is a word."""
+    raw = dicom(path, loop(2)[0]).read_bytes()
+    assert raw.count(b"IS\x02\x002 ") == 1
+    path.write_bytes(raw.replace(b"IS\x02\x002 ", b"IS\x02\x00x "))
+    return path
+
+
+def shut(folder, monkeypatch):
+    """A folder that may not be listed, root or not."""
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(folder), "iterdir", iterdir)
+    return folder
+
+
 def no_pixels(path):
     dicom(path, loop(2)[0])
     dataset = dcmread(path)
@@ -171,6 +249,7 @@ def no_pixels(path):
     return path
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR IS")
 @pytest.mark.parametrize("make, complaint", [
     (lambda here: here / "absent.dcm", "no such file or folder; give a DICOM cine"),
     (lambda here: broken(here / "report.pdf"), "report.pdf is of no kind that is read here"),
@@ -187,7 +266,10 @@ def no_pixels(path):
     (lambda here: here, "has no frame: give a loop"),
     (lambda here: pictures(here / "one", loop(1)[0]), "one has a single frame"),
     (lambda here: one_of_another_size(here / "a"), r"frame_5.png has \(20, 20\) px"),
-    (lambda here: sixteen_bits(here / "b"), "more than 8 bits"),
+    (lambda here: sixteen_bits(here / "b"), r"1.png has pixels of more than 8 bits \(I;16\): scale them to 0..255"),
+    (lambda here: deep_nifti(here / "a.nii"), r"a.nii holds values other .*: copy it again, or save it as .* 8 bits"),
+    (lambda here: words_for_a_number(here / "a.dcm"), "a.dcm has a NumberOfFrames that is no whole number .*: export"),
+    (lambda here: "~nosuchuser/a.dcm", "^~nosuchuser/a.dcm cannot be opened .*: make it readable, or write its whole"),
     (lambda here: broken(pictures(here / "c", loop(3)[0]) / "frame_2.png").parent, "frame_2.png cannot be read"),
 ])
 def test_bad_input_gets_one_sentence(here, make, complaint):
@@ -195,6 +277,11 @@ def test_bad_input_gets_one_sentence(here, make, complaint):
     with pytest.raises(CineError, match=complaint) as error:
         cine.read(path)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_a_folder_that_may_not_be_opened_gets_one_sentence(here, monkeypatch):
+    with pytest.raises(CineError, match=r"2. Aufnahme cannot be opened \(Permission denied\): make it readable"):
+        cine.read(shut(here, monkeypatch))
 
 
 def test_what_is_given_by_hand_counts_and_zero_keeps_what_the_file_says(here):

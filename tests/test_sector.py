@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, own, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(sector.os, "replace", full)
-    with pytest.raises((OSError, CineError)):
+    with pytest.raises(CineError, match=r"own.h5 could not be written \(disk full\): see that its folder is writable"):
         sector.write([own, own], tmp_path / "own.h5", 40)
     assert (tmp_path / "own.h5").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     with h5py.File(tmp_path / "own.h5") as file:
@@ -163,3 +163,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, own, monkeypatch):
 def test_what_cannot_be_written_gets_one_sentence(tmp_path, own, loops, view):
     with pytest.raises(CineError, match="2CH or 4CH"):
         sector.write([own] * loops, tmp_path / "own.h5", 40, view)
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/below"])
+def test_a_folder_that_cannot_be_made_gets_one_sentence(tmp_path, own, folder):
+    (tmp_path / "a file").touch()
+    with pytest.raises(CineError, match=r"own.h5 could not be written \(.+\): see that its folder is writable"):
+        sector.write([own], tmp_path / folder / "own.h5", 40)
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+@pytest.mark.parametrize("wrong", [{"spacing": (float("nan"), 0.5)}, {"spacing": (0.5, -0.5)}, {"spacing": (0, 1)},
+                                   {"frame_ms": float("nan")}, {"frame_ms": -25.0}])
+def test_a_spacing_or_frame_time_that_cannot_be_is_not_written(tmp_path, own, wrong):
+    with pytest.raises(CineError, match="cannot be written: give numbers above 0, or None for what is not known"):
+        sector.write([own, replace(own, **wrong)], tmp_path / "own.h5", 40)
+    assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ from hypothesis.extra.numpy import arrays
 from test_camus import REAL, REAL_MHD, film, real, real_mhd, write_cfg, write_lists, write_nifti, write_patient
 from torch.nn import functional as F
 
-from usjepa_nb import camus
+from usjepa_nb import camus, parts
 from usjepa_nb.camus import UNLABELLED, CamusError
 from usjepa_nb.clips import resize_frame, resize_mask
 from usjepa_nb.store import Store, clip_index, convert
@@ -246,13 +246,13 @@ def test_what_is_done_is_reused_and_what_changed_is_made_again(tree, tmp_path):
 
 def test_another_draw_is_written_without_converting_again(tree, tmp_path):
     shutil.rmtree(tree / "database_split")
-    out, parts = tmp_path / "data.h5", set()
+    out, drawn = tmp_path / "data.h5", set()
     for seed in range(6):
         assert make(tree, out, seed=seed).converted == (0 if seed else 4)
         with Store(out) as store:
             assert f"seed {seed}" in store.split_note
-            parts.add(tuple(store.table["split"]))
-    assert len(parts) > 1
+            drawn.add(tuple(store.table["split"]))
+    assert len(drawn) > 1
 
 
 def test_a_bad_sequence_is_reported_and_the_rest_converts(tree, tmp_path):
@@ -377,16 +377,33 @@ def test_two_processes_at_once_end_with_one_good_file(tmp_path, long_tree):
     assert out.read_bytes() == (tmp_path / "alone.h5").read_bytes()
 
 
-def test_a_part_cut_short_by_a_power_cut_is_made_again(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda data: data[:-50], lambda data: data[:300] + bytes(20) + data[320:]])
+def test_a_part_damaged_by_a_power_cut_is_made_again(tree, tmp_path, monkeypatch, damage):
     out = tmp_path / "data.h5"
     with monkeypatch.context() as patch:
         patch.delattr("usjepa_nb.store._write")  # all parts are made, the file is not
         with pytest.raises(NameError):
             make(tree, out)
     part = sorted(Path(f"{out}.parts").glob("*.npz"))[1]
-    part.write_bytes(part.read_bytes()[:-50])
+    part.write_bytes(damage(part.read_bytes()))
     report = make(tree, out)
     assert (report.converted, report.reused) == (1, 3)
+
+
+def test_a_part_with_a_byte_changed_is_no_longer_whole_or_reads_the_same(tmp_path):
+    path, frames = tmp_path / "part.npz", np.arange(512, dtype=np.uint8).reshape(2, 16, 16)
+    np.savez_compressed(path, row='{"ed": 0}', native_masks=frames % 4, frames=frames, masks=frames % 3)
+    data, damaged = path.read_bytes(), 0
+    assert parts.is_whole(path) and not parts.is_whole(tmp_path / "none.npz")
+    for at in range(0, len(data), 3):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1:])
+        if parts.is_whole(path):
+            assert parts.load(path, "row") == {"ed": 0} and (parts.load(path, "frames") == frames).all()
+        else:
+            damaged += 1
+    assert damaged > len(data) / 6
+    with pytest.raises(OSError, match=r"none.npz cannot be read as a converted sequence .*: convert again"):
+        parts.load(tmp_path / "none.npz", "row")
 
 
 @pytest.mark.parametrize("where", ["numpy.savez_compressed", "h5py.Dataset.__setitem__", "shutil.disk_usage"])

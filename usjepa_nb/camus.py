@@ -10,12 +10,23 @@ import hashlib
 import itertools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from usjepa_nb.images import LABELS, UNLABELLED, CamusError, content, raw_of, read_image, read_mask, refuse, short
+from usjepa_nb.images import (
+    LABELS,
+    UNLABELLED,
+    CamusError,
+    content,
+    raw_of,
+    read_grid,
+    read_mask,
+    read_onto,
+    refuse,
+    short,
+)
 from usjepa_nb.splits import PARTS, official, splits
 
 __all__ = ["LABELS", "UNLABELLED", "CamusError", "Entry", "Sequence", "overview", "read", "scan", "splits"]
@@ -74,14 +85,15 @@ def scan(root) -> list[Entry]:
     folders = sorted((p.name, p) for p in found if re.fullmatch(r"patient\d+", p.name) and p.is_dir())
     if not folders:
         raise CamusError(f"{root} holds no patient: give the folder with database_nifti/ or patient0001/.")
-    entries = {}
-    for _, folder in folders:
-        for entry in _entries(folder):
-            key = entry.patient, entry.view
-            if key in entries:
-                twice = f"is there twice, also as {short(entries[key].folder)}"
-                entry = Entry(*key, folder, entry.files, refuse(folder, twice, "keep only one of them"))
-            entries[key] = entry
+    every, homes, entries = [entry for _, folder in folders for entry in _entries(folder)], {}, {}
+    for entry in every:
+        homes.setdefault(entry.patient, set()).update(() if entry.problem else {entry.folder})
+    for entry in every:
+        if not entry.problem and (others := homes[entry.patient] - {entry.folder}):  # MHD: training/ and testing/
+            twice = refuse(entry.folder, f"is there twice, also as {short(min(others))}",
+                           f"keep only one of them, or read {entry.folder.parent.name}/ alone")
+            entry = replace(entry, problem=twice)
+        entries[entry.patient, entry.view] = entry
     return [entries[key] for key in sorted(entries)]
 
 
@@ -124,7 +136,7 @@ def read(entry: Entry) -> Sequence:
     the cfg) is turned round, and frames outside ED..ES (CAMUS has none) are cut off.
 
     Raises:
-        CamusError: files missing, damaged or not matching each other; cfg incomplete.
+        CamusError: files missing, damaged or not matching each other (shape, spacing, axes); cfg incomplete.
     """
     if entry.problem:
         raise entry.problem
@@ -132,27 +144,27 @@ def read(entry: Entry) -> Sequence:
     hashes = [[role, hashlib.sha256(content(path)).hexdigest()] for role, path in sorted(files.items())]
     ed, es, ed_es_only = cfg("ED", int) - 1, cfg("ES", int) - 1, "sequence" not in files
     if not ed_es_only:
-        frames, spacing = read_image(files["sequence"])
+        frames, spacing, axes = read_grid(files["sequence"])
         if cfg("NbFrame", int) != len(frames):
             raise refuse(files["sequence"], f"has {len(frames)} frames, its cfg says {cfg('NbFrame')}")
         if ed == es or not (0 <= ed < len(frames) and 0 <= es < len(frames)):
             raise refuse(files["cfg"], f"has ED: {ed + 1} and ES: {es + 1} for {len(frames)} frames",
                          f"write two different frames of 1..{len(frames)}")
     elif "ED" in files and "ES" in files:
-        (ed_frame, spacing), (es_frame, _) = read_image(files["ED"]), read_image(files["ES"])
-        if es_frame.shape != ed_frame.shape or len(ed_frame) != 1:
-            raise refuse(files["ES"], f"has shape {es_frame.shape}, ED has {ed_frame.shape}")
-        frames, ed, es = np.concatenate([ed_frame, es_frame]), 0, 1
+        frames, spacing, axes = read_grid(files["ED"])
+        if len(frames) != 1:
+            raise refuse(files["ED"], f"has {len(frames)} frames instead of one")
+        frames, ed, es = np.concatenate([frames, read_onto(files["ES"], frames.shape, spacing, axes)]), 0, 1
     else:
         what = f"has neither a {entry.view} sequence nor both ED and ES"
         raise refuse(entry.folder, what, "copy what is missing from the same release")
     masks = np.full_like(frames, UNLABELLED)
     if not ed_es_only and "sequence_gt" in files:
-        masks = read_mask(files["sequence_gt"], frames.shape)
+        masks = read_mask(files["sequence_gt"], frames.shape, spacing, axes)
     else:
         for at, role in ((ed, "ED_gt"), (es, "ES_gt")):
             if role in files:
-                masks[at] = read_mask(files[role], (1, *frames.shape[1:]))[0]
+                masks[at] = read_mask(files[role], (1, *frames.shape[1:]), spacing, axes)[0]
     cut = slice(ed, es + 1) if ed < es else slice(ed, es - 1 if es else None, -1)
     frames, masks = np.ascontiguousarray(frames[cut]), np.ascontiguousarray(masks[cut])
     return Sequence(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from usjepa_nb.images import CamusError, read_image
+from usjepa_nb.images import AGAIN, CamusError, read_image
 
 VIDEOS = (".avi", ".mp4", ".m4v", ".mov", ".mkv", ".wmv", ".mpg", ".mpeg", ".webm", ".gif")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -37,7 +37,7 @@ class Cine:
     frame_ms: float | None  # ms from one frame to the next; None: not known
     source: str  # the kind of file, not its name
     region: tuple[int, int, int, int] | None = None  # top, bottom, left, right, px, where a DICOM says it
-    note: str = ""  # what was odd about spacing or time
+    note: str = ""  # what was odd: spacing or time, of a video its length
 
     def __str__(self):
         frames, height, width = self.frames.shape
@@ -47,24 +47,30 @@ class Cine:
 
 
 def read(path) -> Cine:
-    """Read a loop; colour becomes grey (BT.601), more than 8 bits are scaled to 0..255.
+    """Read a loop; colour becomes grey (BT.601), more than 8 bits of a DICOM are scaled to 0..255.
+
+    NIfTI and pictures with more than 8 bits are refused: they do not tell how many of them are used.
 
     Raises:
-        CineError: nothing there, another kind of file, damaged, no plugin for its compression, fewer than two frames
-            or more than `MOST`, pictures of different size.
+        CineError: nothing there, another kind of file, shut, damaged, no plugin for its compression, fewer than two
+            frames or more than `MOST`, pictures of different size.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        reader = _read_folder
-    elif not path.is_file():
-        raise CineError(f"{path}: no such file or folder; give {KINDS}.")
-    elif path.name.lower().endswith((".nii", ".nii.gz")):
-        reader = _read_nifti
-    elif path.suffix.lower() in VIDEOS:
-        reader = _read_video
-    else:  # DICOM files have .dcm, another suffix or none
-        reader = _read_dicom
-    cine = reader(path)
+    try:
+        path = Path(path).expanduser()
+        if path.is_dir():
+            reader = _read_folder
+        elif not path.is_file():
+            raise CineError(f"{path}: no such file or folder; give {KINDS}.")
+        elif path.name.lower().endswith((".nii", ".nii.gz")):
+            reader = _read_nifti
+        elif path.suffix.lower() in VIDEOS:
+            reader = _read_video
+        else:  # DICOM files have .dcm, another suffix or none
+            reader = _read_dicom
+        cine = reader(path)
+    except (OSError, RuntimeError) as error:  # shut; ~somebody who is not there
+        why = getattr(error, "strerror", None) or _why(error).rstrip(".")
+        raise CineError(f"{path} cannot be opened ({why}): make it readable, or write its whole path.") from None
     if not 2 <= len(cine.frames) <= MOST:
         remedy = "give a loop" if len(cine.frames) < 2 else f"cut out some beats, at most {MOST} frames"
         raise CineError(f"{path.name} has {_count(len(cine.frames))}: {remedy}.")
@@ -79,7 +85,7 @@ def given(cine: Cine, mm_per_pixel: float = 0.0, frame_ms: float = 0.0) -> Cine:
     Raises:
         CineError: a number below 0 or no finite one.
     """
-    changes, notes = {}, [cine.note] if cine.note and not mm_per_pixel else []
+    changes, notes = {}, [cine.note] if cine.note and (not mm_per_pixel or cine.source == "video") else []
     for name, value in (("mm_per_pixel", mm_per_pixel), ("frame_ms", frame_ms)):
         if not 0 <= value < math.inf:
             raise CineError(f"{name} = {value} cannot be: give a number above 0, or 0 for what the file says.")
@@ -113,7 +119,11 @@ def _read_dicom(path):
         raise CineError(f"{path.name} is cut short or damaged ({_why(error)}): copy it again.") from None
     if "PixelData" not in dataset:
         raise CineError(f"{path.name} has no frame: it is a DICOM file without pictures; give the loop itself.")
-    count = int(dataset.get("NumberOfFrames") or 1)
+    try:
+        count = int(dataset.get("NumberOfFrames") or 1)
+    except (TypeError, ValueError) as error:
+        raise CineError(f"{path.name} has a NumberOfFrames that is no whole number ({_why(error)}): export it "
+                        "again.") from None
     if count == 1 or count > MOST:  # `read` says so, and nothing is decoded for it
         return Cine(np.empty((min(count, MOST + 1), 1, 1), np.uint8), None, None, "DICOM")
     try:
@@ -171,8 +181,12 @@ def _calibration(dataset, shape):
         spacing = None
     times = [float(ms) for ms in np.atleast_1d(dataset.get("FrameTimeVector") or [])][1:]  # of one value: a number
     rate = float(dataset.get("CineRate") or 0)
-    ms = float(dataset.get("FrameTime") or 0) or (sum(times) / len(times) if times else 1000 / rate if rate else 0)
-    return tuple(map(float, spacing)) if spacing else None, ms or None, "DICOM", region, note
+    said = [float(dataset.get("FrameTime") or 0), sum(times) / len(times) if times else 0, 1000 / rate if rate else 0]
+    ms = next((ms for ms in said if 0 < ms < math.inf), None)
+    if ms is None and any(said):
+        odd = f"its frame time of {next(filter(None, said)):g} ms cannot be, so it is unknown"
+        note = f"{note}; {odd}" if note else odd
+    return tuple(map(float, spacing)) if spacing else None, ms, "DICOM", region, note
 
 
 def attributes(path):
@@ -205,15 +219,23 @@ def _read_video(path):
                         "MP4 (H.264).") from None
     finally:
         stream.close()
+    with path.open("rb") as file:  # of an AVI that was cut, ffmpeg shortens the duration, but its header has the bytes
+        size = int.from_bytes(file.read(8)[4:], "little") if path.suffix.lower() == ".avi" else 0
+    # WMV, MPEG and GIF that were cut tell nothing; nor does the duration beside sound, which may go on for longer
+    fps = about.get("fps") or 0
+    wanted = 0 if "audio_codec" in about else (about.get("duration", 0) - 0.01) * fps  # the duration is rounded
+    cut = path.stat().st_size < 0.95 * size < 4e9 or len(frames) < min(0.95 * wanted - 2, MOST)
+    note = "its header tells of more frames, so it may be cut short: copy it again" if cut else ""  # or of another rate
     frames = np.stack(frames) if frames else np.empty((0, height, width), np.uint8)
-    return Cine(frames, None, 1000 / about["fps"] if about.get("fps") else None, "video")
+    return Cine(frames, None, 1000 / fps if fps else None, "video", note=note)
 
 
 def _read_nifti(path):
     try:
         frames, spacing = read_image(path)
     except CamusError as error:
-        raise CineError(str(error)) from None
+        raise CineError(f"{str(error).removesuffix(f': {AGAIN}.')}: copy it again, or save it as one grey loop of 8 "
+                        "bits (0..255) with its spacing.") from None
     return Cine(frames, spacing, None, "NIfTI")
 
 
@@ -227,12 +249,13 @@ def _read_folder(path):
     for file in files[:MOST + 1]:
         try:
             with Image.open(file) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its pixels have more than 8 bits, {image.mode}: save it with 8")
+                deep = image.mode[0] in "IF" and image.mode
                 frames.append(np.asarray(image.convert("L")))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise CineError(f"{file.name} cannot be read as a picture ({_why(error)}); copy it again, or take it out "
                             f"of {path.name}.") from None
+        if deep:
+            raise CineError(f"{file.name} has pixels of more than 8 bits ({deep}): scale them to 0..255, save 8 bits.")
         if frames[-1].shape != frames[0].shape:
             raise CineError(f"{file.name} has {frames[-1].shape} px (y, x) where {files[0].name} has "
                             f"{frames[0].shape}: give a folder with the frames of one loop.")

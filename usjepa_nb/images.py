@@ -9,6 +9,7 @@ import numpy as np
 
 LABELS = {0: "background", 1: "LV cavity", 2: "LV myocardium", 3: "left atrium"}
 UNLABELLED = 255  # a pixel or frame that has no reference mask
+AGAIN = "download it again, or delete it to go on without it"
 
 
 class CamusError(ValueError):
@@ -21,7 +22,7 @@ def short(path):
     return f"{path.parent.name}/{path.name}"
 
 
-def refuse(path, what, remedy="download it again, or delete it to go on without it") -> CamusError:
+def refuse(path, what, remedy=AGAIN) -> CamusError:
     error = CamusError(f"{short(path)} {what}: {remedy}.")
     error.file = short(path)
     return error
@@ -56,13 +57,20 @@ def read_image(path):
     Raises:
         CamusError: damaged, not an image or a sequence, no usable spacing, not whole numbers of 0..255.
     """
+    return read_grid(path)[:2]
+
+
+def read_grid(path):
+    """As `read_image`, and where x and y run: "LP" to the left and to the back, "" where the file does not tell."""
     try:
-        array, spacing = (_load_mhd if path.suffix == ".mhd" else _load_nifti)(path)
+        array, spacing, axes = (_load_mhd if path.suffix == ".mhd" else _load_nifti)(path)
     except Exception as error:  # whatever a parser stumbles on in a damaged file
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise refuse(path, f"is cut short or damaged ({why})") from None
     if array.ndim != 3 or array.size == 0:
         raise refuse(path, f"has shape {array.shape}, which is neither an image nor a sequence")
+    if spacing is None:
+        raise refuse(path, "has no line ElementSpacing", "write its mm there, or delete it to go on without it")
     if not all(math.isfinite(mm) and mm > 0 for mm in spacing):
         raise refuse(path, f"has a pixel spacing of {spacing} mm")
     kind = array.dtype.kind
@@ -70,7 +78,13 @@ def read_image(path):
         whole = kind in "ui" or (kind == "f" and (array == np.rint(array)).all())  # NaN does not equal itself
     if not whole or array.min() < 0 or array.max() > 255:
         raise refuse(path, "holds values other than the whole numbers 0..255")
-    return array.astype(np.uint8), spacing
+    return array.astype(np.uint8), spacing, axes
+
+
+def _axes(affine):
+    from nibabel import aff2axcodes
+
+    return "".join(code or "?" for code in aff2axcodes(affine)[:2])
 
 
 def _load_nifti(path):
@@ -85,7 +99,10 @@ def _load_nifti(path):
     array = np.asanyarray(image.dataobj).T  # (x, y[, t]) on disk, so the transpose stands upright
     array = array.reshape(-1, *array.shape[-2:]) if math.prod(array.shape[:-3]) == 1 else array
     header = nibabel.Nifti1Header.from_fileobj(io.BytesIO(data), check=False)  # checked, 0 mm turns into 1 mm
-    return array, tuple(round(float(mm), 6) for mm in header.get_zooms()[1::-1])
+    unit = {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1)  # m, µm -> mm; not told: mm
+    told = image.header["sform_code"] or image.header["qform_code"]
+    return (array, tuple(round(float(size) * unit, 6) for size in header.get_zooms()[1::-1]),
+            _axes(image.affine) if told else "")
 
 
 def _load_mhd(path):
@@ -96,18 +113,36 @@ def _load_mhd(path):
     except RuntimeError:  # its text holds memory addresses
         raise ValueError("header and data do not go together") from None
     array = SimpleITK.GetArrayFromImage(image)  # (t, y, x) already
-    return array.reshape(-1, *array.shape[-2:]), tuple(image.GetSpacing()[1::-1])
+    size, affine = image.GetDimension(), np.eye(4)
+    affine[:size, :size] = np.reshape(image.GetDirection(), (size, size))
+    told = re.search(rb"^Element(Spacing|Size)\s*[=:]", path.read_bytes()[:4096], re.MULTILINE)  # if not, ITK says 1 mm
+    return (array.reshape(-1, *array.shape[-2:]), tuple(image.GetSpacing()[1::-1]) if told else None,
+            _axes(np.diag([-1, -1, 1, 1]) @ affine))  # ITK counts to the left and to the back, NIfTI to the other sides
 
 
-def read_mask(path, shape) -> np.ndarray:
-    """A reference mask, uint8 [T, H, W] of the given shape with labels 0..3.
+def read_onto(path, shape, spacing, axes) -> np.ndarray:
+    """An image that lies on frames of this shape, spacing and axes (see `read_grid`): uint8 [T, H, W].
 
     Raises:
-        CamusError: see `read_image`; another shape; unknown labels.
+        CamusError: see `read_image`; another shape; a spacing more than 1 % off; axes that run elsewhere.
     """
-    mask, _ = read_image(path)
-    if mask.shape != shape:
-        raise refuse(path, f"has shape {mask.shape} where its frames have {shape}")
+    array, own_spacing, own_axes = read_grid(path)
+    if array.shape != shape:
+        raise refuse(path, f"has shape {array.shape} where its frames have {shape}")
+    if not np.allclose(own_spacing, spacing, rtol=0.01, atol=0):
+        raise refuse(path, f"has a pixel spacing of {own_spacing} mm (y, x) where its frames have {spacing}")
+    if axes and own_axes and axes != own_axes:
+        raise refuse(path, f"has axes that run {own_axes} (x, y) where those of its frames run {axes}")
+    return array
+
+
+def read_mask(path, shape, spacing, axes) -> np.ndarray:
+    """A reference mask, uint8 [T, H, W], that lies on its frames and has labels 0..3.
+
+    Raises:
+        CamusError: see `read_onto`; unknown labels.
+    """
+    mask = read_onto(path, shape, spacing, axes)
     if mask.max() > max(LABELS):
         raise refuse(path, f"holds the label {mask.max()}, and CAMUS ends at {max(LABELS)}")
     return mask

@@ -4,6 +4,7 @@ Banners, scales and traces that are burnt into the pixels go with what lies outs
 sector is not removed; `suspects` looks for it.
 """
 
+import math
 import os
 import tempfile
 from dataclasses import replace
@@ -116,32 +117,44 @@ def write(cines, out, size: int, view: str = "4CH") -> store.Store:
     frame, since nobody knows the instants; what is not known (spacing, frame rate, EF) is NaN.
 
     Raises:
-        CineError: no loop, a view other than 2CH and 4CH, or it could not be written.
+        CineError: no loop, a view other than 2CH and 4CH, a spacing or frame time that is no number above 0, or it
+            could not be written.
     """
     out, cines = Path(out), list(cines)
     if view not in ("2CH", "4CH") or not cines:
         raise CineError(f"{len(cines)} loops of the view {view!r} cannot be written: give one or more, and 2CH "
                         "or 4CH.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".own-", dir=out.parent) as folder:
-        tree, part = Path(folder) / "own", Path(folder) / "own.h5"
-        for number, cine in enumerate(cines, 1):
-            patient = tree / f"patient{number:04d}"
-            patient.mkdir(parents=True)
-            image = patient / f"{patient.name}_{view}_half_sequence.nii"
-            save_nifti(image, cine.frames, cine.spacing or (1, 1), np.uint8)
-            cfg = {"ED": 1, "ES": len(cine.frames), "NbFrame": len(cine.frames)}
-            cfg |= {"FrameRate": 1000 / cine.frame_ms} if cine.frame_ms else {}
-            (patient / f"Info_{view}.cfg").write_text("".join(f"{key}: {value}\n" for key, value in cfg.items()))
-        try:
-            report = store.convert(tree, part, size, workers=1, progress=False)
-        except CamusError as error:
-            raise CineError(str(error)) from None
-        if report.refused:
-            raise CineError(" ".join(report.refused.values()))
-        with h5py.File(part, "r+") as file:
-            for axis in ("spacing_y", "spacing_x", "native_spacing_y", "native_spacing_x"):
-                column = file["sequences"][axis]
-                column[...] = np.where([cine.spacing is None for cine in cines], np.nan, column[()])
-        os.replace(part, out)
+    for cine in cines:
+        if not all(0 < number < math.inf for number in (*(cine.spacing or (1, 1)), cine.frame_ms or 1)):
+            raise CineError(f"a loop with the spacing {cine.spacing} mm and the frame time {cine.frame_ms} ms cannot "
+                            "be written: give numbers above 0, or None for what is not known.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".own-", dir=out.parent) as folder:
+            _write(cines, Path(folder), size, view)
+            os.replace(Path(folder) / "own.h5", out)
+    except CamusError as error:
+        raise CineError(str(error)) from None
+    except OSError as error:
+        raise CineError(f"{out} could not be written ({error.strerror or error}): see that its folder is writable and "
+                        "has space.") from None
     return store.Store(out)
+
+
+def _write(cines, folder, size, view):
+    tree, part = folder / "own", folder / "own.h5"
+    for number, cine in enumerate(cines, 1):
+        patient = tree / f"patient{number:04d}"
+        patient.mkdir(parents=True)
+        image = patient / f"{patient.name}_{view}_half_sequence.nii"
+        save_nifti(image, cine.frames, cine.spacing or (1, 1), np.uint8)
+        cfg = {"ED": 1, "ES": len(cine.frames), "NbFrame": len(cine.frames)}
+        cfg |= {"FrameRate": 1000 / cine.frame_ms} if cine.frame_ms else {}
+        (patient / f"Info_{view}.cfg").write_text("".join(f"{key}: {value}\n" for key, value in cfg.items()))
+    report = store.convert(tree, part, size, workers=1, progress=False)
+    if report.refused:
+        raise CineError(" ".join(report.refused.values()))
+    with h5py.File(part, "r+") as file:
+        for axis in ("spacing_y", "spacing_x", "native_spacing_y", "native_spacing_x"):
+            column = file["sequences"][axis]
+            column[...] = np.where([cine.spacing is None for cine in cines], np.nan, column[()])

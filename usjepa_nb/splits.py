@@ -47,6 +47,8 @@ def splits(root, patients, seed=0) -> tuple[dict[str, str], str]:
     """
     patients, listed = sorted(set(patients)), official(root)
     here = [p for p in patients if p in listed]
+    absent = [path.name for path in _lists(root).values() if not path.exists()]
+    some = len(absent) < len(PARTS)  # lists
     if any(listed[p] == "train" for p in here):
         part = {p: listed.get(p, "train") for p in patients}
         notes = [f"{len(here)} of {len(patients)} patients by the official lists"]
@@ -54,9 +56,10 @@ def splits(root, patients, seed=0) -> tuple[dict[str, str], str]:
             notes.append(f"{len(patients) - len(here)} on no list put in train")
     else:
         part = dict.fromkeys(patients, "train")
-        notes = ["official lists set aside, nobody to train on" if here else "no official lists"]
-    absent = [path.name for path in _lists(root).values() if not path.exists()]
-    if len(absent) < len(PARTS):
+        notes = ["official lists set aside, nobody to train on" if here else
+                 f"official lists set aside, none of the {len(listed)} they name is here" if some else
+                 "no official lists"]
+    if some:
         notes += [f"database_split/{name} is missing" for name in absent]
     for name in ("val", "test"):
         if name in part.values():
