@@ -56,7 +56,7 @@ MATRIX = {
     "ED equal to ES": f"{FAULT}[ED is ES]",
     "NbFrame other than the frames": f"{FAULT}[frames missing]",
     "patient twice": f"{CAMUS}::test_a_patient_that_is_there_twice_is_refused_and_others_are_read",
-    "patient in two folders, a view in each": f"{CAMUS}::test_views_from_two_folders_are_not_put_together_as_one_patient",
+    "patient in two folders": f"{CAMUS}::test_views_from_two_folders_are_not_put_together_as_one_patient",
     "official lists that name nobody here": f"{CAMUS}::test_lists_that_name_nobody_here_are_told_from_no_lists",
     "patient in two official lists": f"{CAMUS}::test_lists_that_would_leak_or_make_no_sense_are_refused",
     "patient in two parts of the file": f"{RUNS}::test_a_patient_in_two_parts_is_caught",

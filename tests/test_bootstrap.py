@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 from toy_task import quantity, toy
 
-from usjepa_nb import bootstrap
+from usjepa_nb import bootstrap, linear
 
 seeds = st.integers(0, 10_000)
 
@@ -94,6 +94,21 @@ def test_a_comparison_is_paired():
     both = bootstrap.evaluate(task, b, than=a).set_index("score").loc["MAE"]
     assert alone["high"] - alone["low"] > 4
     assert both[["value", "low", "high"]].to_numpy(float) == pytest.approx([0.5] * 3)
+
+
+def test_one_patient_has_a_score_and_no_interval():
+    """Two clips of one heart: each draw is the same patient again, which would look like certainty."""
+    task = toy(("train",) * 6 + ("test",))
+    right = np.eye(3)[task.targets(task.part("test"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scores in (bootstrap.evaluate(task, right), bootstrap.evaluate(task, right, than=right[::-1])):
+            assert scores["patients"].tolist() == [1, 1] and scores[["low", "high"]].isna().all(axis=None)
+        assert bootstrap.evaluate(task, right)["value"][0] == 1
+        table = linear.table([task], {("toy", "none", "constant"): right})
+    assert table.loc[0, "macro-F1"] == "1.00 [nan, nan]"
+    two = bootstrap.evaluate(toy(("train",) * 6 + ("test",) * 2), np.eye(3)[[0, 0, 1, 1]])
+    assert two.loc[0, ["low", "high"]].tolist() == [1, 1]
 
 
 def test_classes_are_scored_by_f1_and_auroc():

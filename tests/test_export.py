@@ -208,6 +208,17 @@ def test_pixels_that_are_not_square_keep_their_axes(tmp_path, clip):
     np.testing.assert_allclose(image.affine, np.diag([-0.308, -0.154, 1, 1]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("spacing", [(np.nan, 1), (1, np.inf), (0, 1)])
+@pytest.mark.parametrize("write", [
+    lambda path, clip, spacing: export.painted(clip[0][0], clip[1][0], spacing=spacing),
+    lambda path, clip, spacing: export.movie(path / "a.gif", *clip, spacing=spacing),
+    lambda path, clip, spacing: export.nifti(path / "a.nii", clip[1], spacing)])
+def test_a_spacing_that_is_none_is_refused(tmp_path, clip, write, spacing):
+    with pytest.raises(ValueError, match=r"^spacing = \(.*\) is not possible: give \(y, x\) in mm per pixel, both"):
+        write(tmp_path, clip, spacing)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("wrong, message", [
     (np.full((2, 3, 4), UNLABELLED, np.uint8), "value 255"), (np.zeros((2, 3, 4)), "whole numbers"),
     (np.zeros((2, 3, 4, 5), np.uint8), "shape"), (np.zeros((0, 3, 4), np.uint8), "shape")])

@@ -67,6 +67,10 @@ def test_whose_an_image_is(root, capsys):
     assert "patients in train and in test at once: 1 (video1.mp4, …)" in capsys.readouterr().out
     rewrite(root / "test.json", lambda row: row.update(patient=None))  # unknown is nobody's name
     assert "None" not in folder.read(root, 32, 4).groups
+    capsys.readouterr()
+    rewrite(root / "test.json", lambda row: row.update(patient=float("nan"), source=""))
+    groups = folder.read(root, 32, 4).groups
+    assert "nan" not in groups and len(set(groups)) == 16 + 12 and capsys.readouterr().out == ""
     for path in root.glob("*.json"):  # AUL, GBCU and MMOTU name nobody
         rewrite(path, lambda row: row.pop("source"))
     assert len(set(folder.read(root, 32, 4).groups)) == 60
@@ -114,7 +118,7 @@ def test_folders_that_are_no_task_are_refused(root, plain, tmp_path):
 
 def test_broken_lists_are_refused(root):
     refused(root, "train.json", "has no 'view'; its keys are patient, image,", "--label", label="view")
-    refused(root, "pathology = 'NFLD' is no number", label="pathology", regression=True)
+    refused(root, "pathology = 'NFLD' is no finite number", label="pathology", regression=True)
     path = root / "train.json"
     whole = path.read_text()
     path.write_text(whole[:-40])
@@ -122,6 +126,12 @@ def test_broken_lists_are_refused(root):
     for text in ("{}", "[1, 2]", '[{"label": 1}]', '[{"label": 1, "image": null}]'):
         path.write_text(text)
         refused(root, 'train.json: is not a list of objects with the key "image"')
+
+
+@pytest.mark.parametrize("label", [float("inf"), "-inf", "1e999", pytest.param(10**400, id="huge")])
+def test_a_quantity_that_is_not_finite_is_refused(root, label):
+    rewrite(root / "train.json", lambda row: row.update(steatosis=label))
+    refused(root, "train.json: steatosis = ", "is no finite number", "correct it", label="steatosis", regression=True)
 
 
 def test_broken_images_are_refused(root):

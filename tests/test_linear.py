@@ -158,6 +158,8 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
 @pytest.mark.parametrize("arguments, sentence", [
     (["{}/none"], "none: no such folder"),
     (["{}/set", "--profile", "huge"], "no such profile"),
+    (["{}/set", "--seed", "-1"], "--seed -1 is not possible: choose a whole number from 0 to 4294967295"),
+    (["{}/set", "--seed", str(2**32)], "--seed 4294967296 is not possible: choose a whole number from 0 to"),
     (["{}/set", "--profile", "smoke", "--weights", "{}/none.pt"], "none.pt: no such checkpoint"),
     (["{}/set", "--profile", "smoke", "--label", "scan_mask"], "set: one training patient only for the class"),
     (["{}/set", "--profile", "smoke", "--label", "organ"], "has no 'organ'"),

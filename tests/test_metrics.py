@@ -197,6 +197,16 @@ def test_simpson_counts_the_largest_piece_and_nothing_else():
     assert np.isnan(metrics.simpson_volume(np.zeros((5, 5), np.uint8), (1, 1)))
 
 
+@pytest.mark.parametrize("spacing", [(np.nan, 1), (1, np.inf), (0, 1), (1, -1), (1, 1, 1)])
+def test_a_spacing_that_is_none_is_refused(spacing):
+    mask = disc((20, 20), (10, 10), 6)
+    for measure in (lambda: metrics.simpson_volume(mask, spacing),
+                    lambda: metrics.surface_distances(mask, mask, spacing),
+                    lambda: metrics.simpson_volume(mask, (1, 1), second=(mask, spacing))):
+        with pytest.raises(ValueError, match=r"^spacing = \(.*\) is not possible: give \(y, x\) in mm per pixel, both"):
+            measure()
+
+
 def test_ejection_fraction():
     assert metrics.ejection_fraction(100, 45) == pytest.approx(55)
     assert np.isnan(metrics.ejection_fraction(0, 0))

@@ -102,6 +102,14 @@ def test_relative_error_leaves_out_what_does_not_hurt_the_baseline():
     assert alone["relative_mCE"].isna().all() and alone.loc["ours", "mCE"] == pytest.approx(250)
 
 
+def test_error_leaves_out_where_the_baseline_makes_none():
+    table = by_hand(base_haze=[0.8, 0.7], base_gain=[0.8, 1.0], ours_haze=[0.8, 0.6], ours_gain=[0.8, 0.5])
+    errors = robustness.corruption_error(table, "base")
+    assert errors["gain"].isna().all() and errors["mCE"].tolist() == pytest.approx([100, 400 / 3])
+    alone = robustness.corruption_error(table[table["corruption"] == "gain"], "base")
+    assert alone["mCE"].isna().all() and alone["clean"].tolist() == pytest.approx([20, 20])
+
+
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(ValueError, match=r"baseline='alex'.*base"):
         robustness.corruption_error(by_hand(base_haze=[0.8, 0.7]), "alex")

@@ -73,7 +73,8 @@ def test_data_sets_have_names_of_their_own(tmp_path):
     names = {first.data_name, second.data_name, Lab("smoke", cache=tmp_path / "cache").data_name}
     assert len(names) == 3 and first.data_name.startswith("CAMUS-") and "phantom-10x1.2mm" in names
     assert first.hdf5 == tmp_path / "cache" / f"{first.data_name}-32px.h5"
-    assert first.results != second.results and first.tree == tmp_path / "a" / "CAMUS"
+    assert first.results().name == f"smoke-{first.data_name}" and first.results() != second.results()
+    assert first.tree == tmp_path / "a" / "CAMUS"
 
 
 def test_one_converted_file_is_a_data_set(lab, tmp_path):
@@ -490,7 +491,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
         runs.write_text(tmp_path / "a.json", "new")
-    assert (tmp_path / "a.json").read_text() == "old"
+    assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -728,7 +729,10 @@ def test_ed_es_pairs_have_no_frames_between(mine, monkeypatch):
     made = segmentation(mine, "random")
     monkeypatch.setattr(type(mine.store), "clip", pair)
     again_scored = segment.scores(mine, made.spec, made.rows, made.best, made.last)
-    assert again_scored.dsc_between.isna().all() and again_scored.dsc_ed.notna().all()
+    _, masks = mine.clips(made.rows)
+    ed = [metrics.mean_dsc(p[:1], m[:1]) for which in (made.best, made.last)
+          for p, m in zip(which, masks, strict=True)]
+    assert again_scored.dsc_between.isna().all() and again_scored.dsc_ed.tolist() == pytest.approx(ed)
     assert made.scores.dsc_between.notna().any()
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import yaml
@@ -97,6 +98,8 @@ RECORD = """#!{python}
 import json, os, pathlib, sys
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+if os.environ.get("FAILS", "nothing") in " ".join(sys.argv):
+    sys.exit(1)
 if "usjepa_nb.execute" in sys.argv:
     pathlib.Path(sys.argv[4]).write_text("")
 """
@@ -160,23 +163,77 @@ def test_make_says_in_words_that_there_is_no_such_folder(trap, tmp_path):
     assert not (tmp_path / "canary").exists() and not (tmp_path / "calls").exists()
 
 
-def test_the_walk_passes_a_nasty_name_on_as_it_is(trap, tmp_path):
-    """`make run` with snakemake itself; only `python` is one that notes down what it is asked for."""
-    environment, folder, recorded = trap
+# Later notebooks come first where the scheduler is free, so that an order kept is one that they asked for.
+LATE_FIRST = '\n\nworkflow.get_rule("notebook").priority = lambda w: 2 * int(w.name[:2]) - ("--" in w.name)\n'
+
+
+@pytest.fixture
+def workflow(trap, tmp_path):
+    """A function that calls make with snakemake itself -> exit status, executed notebooks, calls for a table.
+
+    Only `python` is one that notes down what it is asked for. Notebooks are {name: parameters}, in their order.
+    """
+    environment, _, recorded = trap
     root = repository(tmp_path)
     for name in ("usjepa_nb", "profiles", "grids", "notebooks"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", root)
+    (root / "Snakefile").write_text((ROOT / "Snakefile").read_text() + LATE_FIRST)
     (root / ".venv" / "bin" / "snakemake").write_text(f'#!/bin/sh\nexec {sys.executable} -m snakemake "$@"\n')
-    done = subprocess.run(["make", "run", f"DATA={folder}", "PROFILE=smoke"], cwd=root, capture_output=True, text=True,
-                          env=environment | {"PYTHONPATH": str(root)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    notebooks = [call for call in recorded() if "usjepa_nb.execute" in call]
-    assert len(notebooks) > 10
-    for call in notebooks:
-        assert call[call.index("data") - 1:call.index("data") + 2] == ["-p", "data", str(folder)]
-    (table,) = [call for call in recorded() if "usjepa_nb.tables" in call]
-    assert table == ["-m", "usjepa_nb.tables", "smoke", "0", "walk", str(folder)]
+
+    def run(*arguments, **more):
+        done = subprocess.run(["make", *arguments, "PROFILE=smoke"], cwd=root, capture_output=True, text=True,
+                              env=environment | {"PYTHONPATH": str(root)} | more)
+        calls = [call for call in recorded() if "usjepa_nb.execute" in call]
+        notebooks = {Path(call[3]).stem: {call[i + 1]: call[i + 2] for i, word in enumerate(call) if word == "-p"}
+                     for call in calls}
+        assert len(notebooks) == len(calls), done.stderr[-2000:]  # none is executed twice
+        assert all(Path(call[2]).stem in call[3] or call[3].endswith("table1.ipynb") for call in calls)
+        return done.returncode, notebooks, [call for call in recorded() if "usjepa_nb.tables" in call]
+
+    return run
+
+
+def test_the_walk_passes_a_nasty_name_on_as_it_is_and_goes_in_order(workflow, trap):
+    """The data is made first, cells are trained before they are compared, and every cell has its own parameters."""
+    _, folder, _ = trap
+    status, notebooks, (table,) = workflow("run", f"DATA={folder}")
+    assert status == 0 and table == ["-m", "usjepa_nb.tables", "smoke", "0", "walk", str(folder)]
+    cells = {"03_vjepa_localisation--vjepa-lam1-f0-s0": {"lam": "1.0", "freeze": "0", "deep": "False", "seed": "0"}} | {
+        f"05_probe_segmentation--{name}-s0": {"cells": f"random,{name}", "grid": "walk", "seed": "0"}
+        for name in ("supervised", "videomae")}
+    walk = {path.stem: {"seed": "0"} for path in (ROOT / "notebooks").glob("*.ipynb")}
+    every = {"profile": "smoke", "data": str(folder)}
+    assert notebooks == {name: own | every for name, own in (walk | cells).items()}
+    order = [*notebooks]
+    assert order[0] == "00_start_here"
+    trained = max(map(order.index, ["03_vjepa_localisation", *cells]))
+    assert order.index("04_lambda_ablation") > max(order.index(n) for n in order if n.startswith("03_"))
+    assert min(order.index(n) for n in ("05_probe_segmentation", "06_qualitative_overlays")) > trained
+    assert all(order.index(n) > order.index("03_vjepa_localisation--vjepa-lam1-f0-s0")
+               for n in ("07_static_teacher", "08_your_own_ultrasound"))
+
+
+def test_a_cell_that_fails_costs_the_others_nothing_and_the_table_is_printed(workflow, tmp_path):
+    grid = tmp_path / "two seeds.yaml"
+    grid.write_text(yaml.safe_dump({
+        "seeds": 2, "fractions": [100], "table1": {"lams": [0.25], "frozen": ["1/2"]},
+        "table2": {"controls": ["random"], "methods": ["vjepa"], "lam": 0.25, "frozen": [0]}}))
+    status, notebooks, (table,) = workflow("table1", f"GRID={grid}", FAILS="-p lam 0.25 -p freeze 1 -p deep False "
+                                                                           "-p seed 0")
+    assert status and table == ["-m", "usjepa_nb.tables", "smoke", "0", str(grid)]
+    every, wanted = {"profile": "smoke"}, {"00_start_here": {"seed": "0"}}
+    train, probe = "03_vjepa_localisation--{}", "05_probe_segmentation--{}"
+    cell = "vjepa_ll-lam0.25-f1"  # of table 1; that of table 2 is not asked for
+    for seed in ("0", "1"):
+        wanted[train.format(f"{cell}-s{seed}")] = {"lam": "0.25", "freeze": "1", "deep": "False", "seed": seed}
+        wanted[probe.format(f"random-s{seed}")] = {"cells": "random", "grid": str(grid), "seed": seed}
+    wanted[probe.format(f"{cell}-s1")] = {"cells": f"random,{cell}", "grid": str(grid), "seed": "1"}  # 0: no encoder
+    wanted["table1"] = {"grid": str(grid), "missing": "show", "seed": "0"}
+    assert notebooks == {name: own | every for name, own in wanted.items()}
+    order = [*notebooks]
+    assert order[0] == "00_start_here" and order[-1] == "table1"
+    assert order.index(probe.format(f"{cell}-s1")) > max(map(order.index, (train.format(f"{cell}-s1"),
+                                                                           probe.format("random-s1"))))
 
 
 def test_git_is_asked_without_a_shell(tmp_path, monkeypatch):

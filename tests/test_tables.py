@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 import yaml
 from smoke_lab import beside, smoke_lab
 
-from usjepa_nb import controls, dataset, pretrain, segment, tables, verify
+from usjepa_nb import controls, dataset, memory, pretrain, segment, tables, verify
 from usjepa_nb.grid import Cell
 from usjepa_nb.runs import Lab
 from usjepa_nb.segment import segmentation
@@ -188,6 +189,30 @@ def test_intervals_hold_the_mean_of_each_method_and_share():
     assert ((bands.lo < bands.dsc) & (bands.dsc < bands.hi)).all() and bands.dsc[0] == pytest.approx(0.575)
 
 
+def test_a_cell_that_fails_is_missing_and_the_others_go_on(lab, tmp_path, monkeypatch):
+    def too_large(*args, **kwargs):
+        raise memory.OutOfMemory("U-Net: not enough memory")
+
+    real = tables.segmentation
+    monkeypatch.setattr(tables, "segmentation",
+                        lambda lab, method, *a, **k: (too_large if method == "unet" else real)(lab, method, *a, **k))
+    scores, missing = tables.collect(beside(lab, tmp_path / "cache"), [Cell("unet"), Cell("random")], [100, 10])
+    assert set(scores.cell) == {"random"} and set(scores.fraction) == {100, 10}
+    assert set(missing.reason) == {"U-Net: not enough memory"} and list(missing.fraction) == [100, 10]
+
+
+def test_a_table_without_anybody_in_it_says_why(written, grid_file, monkeypatch, capsys):
+    own, content = written
+    nobody = [r | {"n": 0, "difference": None, "low": None, "high": None} for r in content["effects"][:1]]
+    rows = own.store.rows
+    monkeypatch.setattr(type(own.store), "rows", lambda self, split, labelled=None: rows(split, labelled)[:0]
+                        if split == "test" else rows(split, labelled))
+    tables.show(own, content | {"rows": [], "effects": nobody}, grid_file)
+    text = capsys.readouterr().out
+    assert "Table 2 is empty: no test video has reference masks (" in text and "Table 1: mean DSC" in text
+    assert f"{nobody[0]['a']} minus" not in text
+
+
 def test_the_tables_are_printed_with_where_they_lie(written, grid_file, monkeypatch, capsys):
     own, content = written
     monkeypatch.setattr(dataset, "ROOT", own.cache.parent)
@@ -259,6 +284,35 @@ def test_what_is_no_summary_is_refused(tmp_path, capsys):
     path.write_text('{"rows": []}')
     assert verify.main([str(path), str(tmp_path / "none.json")]) == 1
     text = capsys.readouterr().out
+    assert "is no summary of this package, it lacks data, " in text and "none.json" in text
     path.write_text("5")
     assert verify.main([str(path)]) == 1 and "is no summary of this package" in capsys.readouterr().out
-    assert "is no summary of this package, it lacks data, " in text and "none.json" in text
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    path.write_text('{"rows": [')
+    assert verify.main([str(path), str(tmp_path / "deep.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and f"{path}: cannot be read as JSON (" in lines[0] and "deep.json: cannot be" in lines[1]
+    assert all("give the summary.json of a `make run`" in line for line in lines)
+
+
+@pytest.mark.parametrize("seeds", [[], 0, None, ["0"]])
+def test_a_summary_without_a_seed_is_refused(honest, tmp_path, seeds):
+    own, content = honest
+    with pytest.raises(ValueError, match=r"summary.json: seeds = .* is no list of seeds, of one at least; give the"):
+        complaints(own, content | {"seeds": seeds}, tmp_path / "summary.json")
+
+
+def test_data_may_have_moved_since_and_other_data_is_named(lab, tmp_path, capsys):
+    """The name of a folder tells where it lies; what counts is its content."""
+    there, here = tmp_path / "there" / "CAMUS", tmp_path / "here" / "CAMUS"
+    shutil.copytree(lab.tree, there), shutil.copytree(lab.tree, here)
+    made, path, cache = Lab("smoke", there, tmp_path / "one"), tmp_path / "summary.json", str(tmp_path / "two")
+    path.write_text(json.dumps(tables.summary(made)))
+    assert "--data" in verify.check(path, cache=str(lab.cache))[0]  # the phantom is something else
+    assert Lab("smoke", here, cache).data_name != made.data_name
+    capsys.readouterr()
+    assert verify.main([str(path), "--data", str(here), "--cache", cache]) == 0
+    assert f"{path}: every number is what" in capsys.readouterr().out
+    shutil.rmtree(sorted(here.rglob("patient*"))[0])
+    assert verify.main([str(path), "--data", str(here), "--cache", cache]) == 1
+    assert f"{path}: is about {made.data_name}, and this is CAMUS-" in capsys.readouterr().out

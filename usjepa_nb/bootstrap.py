@@ -67,15 +67,18 @@ def evaluate(task: Task, predicted: np.ndarray, than: np.ndarray | None = None, 
         predicted, than: as `fit` gives them; with `than` both are scored on the same resampled patients.
 
     Returns:
-        A row per score: score, value, low, high (percentiles of `n` resamples), clips, patients.
+        A row per score: score, value, low, high (percentiles of `n` resamples; nan for fewer than two patients, whom
+        no draw can vary), clips, patients.
     """
     w, true = resamples(task, n, seed), task.targets(task.part("test"))
+    patients = len(np.unique(task.groups[task.part("test")]))
     rows = []
     for name, score in scores_of(task).items():
         values = score(w, true, predicted) - (0 if than is None else score(w, true, than))
-        low, high = np.nanpercentile(values[1:], [2.5, 97.5]) if not np.isnan(values[1:]).all() else [np.nan] * 2
+        drawn = values[1:] if patients > 1 else values[:0]
+        low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else [np.nan] * 2
         rows.append({"score": name, "value": values[0], "low": low, "high": high, "clips": w.shape[1],
-                     "patients": len(np.unique(task.groups[task.part("test")]))})
+                     "patients": patients})
     return pd.DataFrame(rows)
 
 

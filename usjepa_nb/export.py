@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from usjepa_nb import figures
 from usjepa_nb.clips import resize_mask
 from usjepa_nb.images import LABELS, save_nifti
+from usjepa_nb.metrics import in_mm
 
 LOWEST = 200  # px: lower frames are enlarged
 
@@ -64,8 +65,11 @@ def painted(frame, mask, reference=None, spacing=(1, 1), opacity=0.35) -> np.nda
 
     Returns:
         uint8 [h, w, 3].
+
+    Raises:
+        ValueError: a spacing that is not finite and above 0.
     """
-    y, x = (mm / min(spacing) for mm in spacing)
+    y, x = (mm / min(spacing) for mm in in_mm(spacing))
     zoom = -(-LOWEST // round(frame.shape[0] * y))  # 1 for a frame that is high enough
     height, width = round(frame.shape[0] * y * zoom), round(frame.shape[1] * x * zoom)
     grey = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
@@ -93,7 +97,7 @@ def movie(path, frames, masks, reference=None, spacing=(1, 1), fps=8, opacity=0.
         fps: frames per second; a GIF counts time in 1/100 s and viewers slow down beyond 50.
 
     Raises:
-        ValueError: another suffix, shapes that differ, fps out of range.
+        ValueError: another suffix, shapes that differ, a spacing or fps out of range.
         RuntimeError: an MP4 without ffmpeg.
     """
     for name, array in (("masks", masks), ("reference", masks if reference is None else reference)):
@@ -166,7 +170,8 @@ def nifti(path, masks, spacing) -> Path:
         spacing: native (y, x) in mm per pixel.
 
     Raises:
-        ValueError: another suffix or shape, or a value that is no label (UNLABELLED among them).
+        ValueError: another suffix or shape, a spacing that is not finite and above 0, or a value that is no label
+            (UNLABELLED among them).
     """
     masks = np.asarray(masks)
     if masks.ndim not in (2, 3) or masks.dtype.kind not in "ui" or not masks.size:
@@ -174,5 +179,5 @@ def nifti(path, masks, spacing) -> Path:
     if unknown := sorted(set(np.unique(masks).tolist()) - set(LABELS)):
         raise ValueError(f"masks hold the value {unknown[0]}: write only frames whose pixels are 0 to {max(LABELS)}.")
     with whole(path, ".nii.gz", ".nii") as part:
-        save_nifti(part, masks, spacing, np.uint8)
+        save_nifti(part, masks, in_mm(spacing), np.uint8)
     return Path(path)

@@ -3,8 +3,8 @@
 UltraBench (Tupper & Gagné, TMLR 2025, `pip install ultrabench`) puts the images of a data set into `images/` and
 describes them in `train.json`, `validation.json` and `test.json`: each a list of objects with the keys `image` (a path
 within the folder), `label` (a number from 0) and more that differ from set to set: `patient` or `source` says whose
-the image is, `pathology`, `class` or `image_quality` is the label in words. An image is shown to the video encoder as
-a clip that stands still.
+the image is (where neither is known it counts for itself), `pathology`, `class` or `image_quality` is the label in
+words. An image is shown to the video encoder as a clip that stands still.
 """
 
 from __future__ import annotations
@@ -80,21 +80,30 @@ def from_lists(root: Path, label: str, regression: bool) -> list[tuple]:
                 if label not in row:
                     raise TaskError(f"{path}: {row['image']} has no {label!r}; its keys are {', '.join(row)}: choose "
                                     "one with --label (Open Kidney and PSFHS are for segmentation only)")
-                owner = next((f"{row[key]}" for key in OWNERS if row.get(key) not in (None, "")), str(row["image"]))
+                owner = next((f"{row[key]}" for key in OWNERS if not unknown(row.get(key))), row["image"])
                 found.append((root / row["image"], value(row[label], path, label, regression), owner, part))
     return found
 
 
+def unknown(entry) -> bool:
+    """Whether an entry of a list says nothing: null, NaN or an empty text."""
+    return entry is None or entry == "" or (isinstance(entry, float) and math.isnan(entry))
+
+
 def value(label, path: Path, key: str, regression: bool):
-    """A label as text, or as a number for a regression; unknown ones (null, NaN) become "" or nan."""
-    unknown = label is None or (isinstance(label, float) and math.isnan(label))
+    """A label as text, or as a finite number for a regression; unknown ones become "" or nan."""
+    if unknown(label):
+        return math.nan if regression else ""
     if not regression:
-        return "" if unknown else str(label)
+        return str(label)
     try:
-        return math.nan if unknown else float(label)
-    except (TypeError, ValueError):
-        raise TaskError(f"{path}: {key} = {label!r} is no number, so it cannot be regressed; leave --regression "
-                        "out, or choose another --label") from None
+        number = float(label)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if math.isinf(number):
+        raise TaskError(f"{path}: {key} = {label!r} is no finite number, so it cannot be regressed; correct it, leave "
+                        "--regression out, or choose another --label")
+    return number
 
 
 def from_folders(root: Path, patient: str) -> list[tuple]:

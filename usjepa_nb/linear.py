@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args(argv)
     try:
-        if a.seed < 0:
-            raise TaskError(f"--seed {a.seed}: scikit-learn takes 0 or more")
+        if not 0 <= a.seed < 2**32:
+            raise TaskError(f"--seed {a.seed} is not possible: choose a whole number from 0 to {2**32 - 1}")
         p = load(a.profile)
         device = "cuda" if torch.cuda.is_available() and p.accelerator != "cpu" else "cpu"
         task = folder.read(a.folder, p.size, p.frames, a.label, a.regression, a.patient)

@@ -97,6 +97,18 @@ def mean_dsc(pred, true):
     return _mean([dsc(pred, true, label) for label in CLASSES])
 
 
+def in_mm(spacing):
+    """A spacing as two numbers (y, x), in mm per pixel.
+
+    Raises:
+        ValueError: they are not two, or not finite and above 0.
+    """
+    mm = tuple(map(float, spacing))
+    if len(mm) != 2 or not all(0 < side < np.inf for side in mm):
+        raise ValueError(f"spacing = {mm} is not possible: give (y, x) in mm per pixel, both finite and above 0")
+    return mm
+
+
 def surface_distances(pred, true, spacing, labels=CLASSES):
     """Distances in mm between the outlines of one frame, by MONAI (outline: the mask less its erosion).
 
@@ -109,6 +121,9 @@ def surface_distances(pred, true, spacing, labels=CLASSES):
         ``{"hd": {label: ..}, "hd95": .., "assd": ..}``; nan where a side lacks the class.
         hd: the largest distance from either outline to the other. hd95: the 95th percentile of each
         direction, the larger of the two (libraries differ on this one). assd: mean over the points of both.
+
+    Raises:
+        ValueError: a spacing that is not finite and above 0.
     """
     import warnings
 
@@ -123,7 +138,7 @@ def surface_distances(pred, true, spacing, labels=CLASSES):
                 row[label] = np.nan
             continue
         pair = [torch.from_numpy(side)[None, None].float() for side in (p, t)]
-        how = {"include_background": True, "spacing": tuple(map(float, spacing))}
+        how = {"include_background": True, "spacing": in_mm(spacing)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of a call of its own
             rows["hd"][label] = compute_hausdorff_distance(*pair, **how).item()
@@ -136,6 +151,7 @@ def _disks(mask, spacing, label, disks):
     """Length (mm) of the long axis and the mean width (mm) of each of the disks across it."""
     from scipy import ndimage
 
+    spacing = in_mm(spacing)
     pieces, count = ndimage.label(np.isin(mask, label))
     if not count:
         return np.nan, np.full(disks, np.nan)
@@ -165,6 +181,9 @@ def simpson_volume(mask, spacing, label=1, second=None, disks=20):
 
     Returns:
         ml; nan where a mask lacks the class.
+
+    Raises:
+        ValueError: a spacing that is not finite and above 0.
     """
     length, width = _disks(mask, spacing, label, disks)
     other_length, other_width = (length, width) if second is None else _disks(*second, label, disks)

@@ -5,11 +5,17 @@ import hashlib
 import json
 import os
 import shutil
+import tokenize
+import zipfile
+import zlib
 
 import numpy as np
 
 from usjepa_nb import camus, parallel
 from usjepa_nb.clips import resize_frame, resize_mask
+
+# What NumPy and zipfile raise for an .npz that is cut short, or in which any byte has changed.
+DAMAGED = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
 
 def digest(value) -> str:
@@ -55,9 +61,17 @@ def _make(entry, path, size):
 
 
 def load(path, what):
-    """`frames`, `masks`, `native_masks`, or the `row` of the table (split and start are filled in later)."""
-    with np.load(path) as part:
-        return json.loads(str(part[what])) if what == "row" else part[what]
+    """`frames`, `masks`, `native_masks`, or the `row` of the table (split and start are filled in later).
+
+    Raises:
+        OSError: absent or damaged.
+    """
+    try:
+        with np.load(path) as part:
+            return json.loads(str(part[what])) if what == "row" else part[what]
+    except DAMAGED as e:
+        why = str(e)[:99]  # zipfile would quote pages
+        raise OSError(f"{path} cannot be read as a converted sequence ({why}): convert again, it is made anew") from e
 
 
 def require_space(folder, needed):
@@ -71,8 +85,8 @@ def require_space(folder, needed):
 
 
 def is_whole(path) -> bool:
+    """Whether every member can be read: a part is absent, or cut short, when the machine went down."""
     try:
-        with np.load(path) as part:
-            return "row" in part
-    except Exception:  # absent, or cut short when the machine went down
+        return all(load(path, what) is not None for what in ("row", "native_masks", "frames", "masks"))
+    except OSError:
         return False

@@ -61,7 +61,8 @@ def corruption_error(table, baseline, score="dsc"):
 
     With E = 1 - mean score of a method f under corruption c at severity s, and E_0 on clean clips,
     CE = sum_s E / sum_s E of the baseline, and mCE is the mean of CE over corruptions. Relative CE compares what is
-    lost: sum_s (E - E_0) over the baseline's; it is nan, and left out of its mean, where the baseline loses nothing.
+    lost: sum_s (E - E_0) over the baseline's. CE is nan, and left out of its mean, where the baseline makes no error,
+    relative CE where it loses nothing.
 
     Args:
         table: as `robustness` returns it.
@@ -78,7 +79,7 @@ def corruption_error(table, baseline, score="dsc"):
     error = 1 - table.pivot_table(index=["method", "corruption"], columns="severity", values=score, sort=False)
     total = error.drop(columns=0).sum(axis=1).unstack(sort=False)  # [method, corruption]
     lost = error.drop(columns=0).sub(error[0], axis=0).sum(axis=1).unstack(sort=False)
-    ce = 100 * total / total.loc[baseline]
+    ce = 100 * total / total.loc[baseline].where(total.loc[baseline] > 0)
     relative = 100 * lost / lost.loc[baseline].where(lost.loc[baseline] > 0)
     clean = 100 * error[0].groupby(level="method", sort=False).first()
     return pd.DataFrame({"clean": clean, "mCE": ce.mean(axis=1), "relative_mCE": relative.mean(axis=1)}).join(ce)

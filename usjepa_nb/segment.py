@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from usjepa_nb import memory, metrics, probe
 from usjepa_nb.dataset import digest
 from usjepa_nb.methods import END_TO_END, label
+from usjepa_nb.parts import DAMAGED
 from usjepa_nb.pretrain import save
 from usjepa_nb.runs import Lab, Run
 from usjepa_nb.vit import Encoder
@@ -83,8 +83,8 @@ def segmentation(lab: Lab, method: str, fraction: int = 100, lam: float = 1.0, f
         with np.load(path) as file:
             best, last, history = file["best"], file["last"], json.loads(str(file["history"]))
             seconds = float(file["seconds"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as e:
-        raise OSError(f"{path} cannot be read as a segmentation ({e}): delete it, it is made again") from e
+    except DAMAGED as e:
+        raise OSError(f"{path} cannot be read as a segmentation ({str(e)[:99]}): delete it, it is made again") from e
     return Segmentation(spec, rows, best, last, scores(lab, spec, rows, best, last), history, seconds)
 
 

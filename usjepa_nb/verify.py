@@ -14,6 +14,7 @@ from pathlib import Path
 
 from usjepa_nb import manifest, tables
 
+REMEDY = "give the summary.json of a `make run` or `make table1`"
 MAY_DIFFER = {"seconds", "commit", "machine", "command", "code", "lock", "packages"}
 SINCE = {"settings", "grid_settings", "threads"}  # an older summary has not got them
 
@@ -27,11 +28,16 @@ def check(path: Path, data: str = "", cache: str = "data_cache", redo: bool = Fa
     Raises:
         OSError, ValueError: the file cannot be read as a summary.
     """
-    said = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        said = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: cannot be read as JSON ({e}); copy it again, or {REMEDY}") from e
     said = said if isinstance(said, dict) else {}
     if lacking := {"profile", "grid", "seeds", "data", "data_hash", "rows", "table1"} - set(said):
-        raise ValueError(f"{path}: is no summary of this package, it lacks {', '.join(sorted(lacking))}; give the "
-                         "summary.json of a `make run` or `make table1`")
+        raise ValueError(f"{path}: is no summary of this package, it lacks {', '.join(sorted(lacking))}; {REMEDY}")
+    seeds = said["seeds"]
+    if not (isinstance(seeds, list) and seeds and type(seeds[0]) is int):
+        raise ValueError(f"{path}: seeds = {seeds!r} is no list of seeds, of one at least; {REMEDY}")
     with tempfile.TemporaryDirectory() as folder:
         lab, grid = manifest.restore(said, Path(folder), data, cache)
         elsewhere = bool(data) and lab.store.data_hash == said["data_hash"]  # the name tells where its folder lies
