@@ -328,6 +328,7 @@ def report():
                                   "10 %, each seed": g.dsc.agg(lambda v: " ".join(f"{x:.3f}" for x in v)),
                                   "JEPA loss / zero": g.jepa.mean() / g.zero.mean(), "rank": g["rank"].mean(),
                                   "position share": g.position_share.mean()})
+            shown = shown.astype(object).where(shown.notna(), None)
             parts += [f"### Tuning: {where}\n", shown.to_markdown(floatfmt=".3f", missingval="–"), ""]
         if (followed := RESULTS / f"recipe_follow_{data}.json").exists():
             t = pd.DataFrame(json.loads(followed.read_text()))
