@@ -203,9 +203,9 @@ def show(lab: Lab, content: dict, grid: str) -> None:
     """Print what `write` returned."""
     kind = "ED/ES only" if lab.store.ed_es_only else "video"
     seeds = f"{len(content['seeds'])} seeds" if len(content["seeds"]) > 1 else "one seed"
-    for key, split, title in (("table1", "validation", "Table 1"), ("rows", "test", "Table 2")):
+    for key, part, split, title in (("table1", "val", "validation", "Table 1"), ("rows", "test", "test", "Table 2")):
         table = pd.DataFrame(content[key])
-        if split[:3] not in {part[:3] for part in lab.store.table.query("labelled")["split"]}:
+        if part not in set(lab.store.table.query("labelled")["split"]):
             print(f"\n{title} is empty: no {split} video has reference masks ({lab.store.split_note})")
         if not len(table) or (key == "table1" and grid == "walk"):
             continue
