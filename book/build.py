@@ -60,7 +60,7 @@ def gather(source: Path) -> None:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
-            copy.write_text(without_folders(path.read_text(), path.parent))
+            copy.write_text(without_folders(path.read_text(), path.parent).replace("](../README.md)", "](../index.md)"))
         else:
             shutil.copy(path, copy)
     (source / "index.md").write_text(
