@@ -48,7 +48,7 @@ def needs(wildcards):
     """What must have run before a notebook, so that it finds its results ready."""
     name, _, cell = wildcards.name.partition("--")
     made = lambda names: expand(OUT + "/{n}.ipynb", n=names)
-    if name.startswith("00_"):
+    if name.startswith(("00_", "90_")):  # 90 checks the exercises and needs no data
         return []
     if name == PROBE and cell:
         before = [f"{TRAIN}--{cell.replace('finetuned', 'vjepa-lam1-f0')}",  # fine-tuning starts from V-JEPA
@@ -105,8 +105,9 @@ rule notebook:
         settings=PROFILE if PROFILE.endswith((".yaml", ".yml")) else f"profiles/{PROFILE}.yaml",
         source=lambda w: f"notebooks/{w.name.split('--')[0]}.ipynb",
     output: OUT + "/{name}.ipynb"
-    priority: lambda w: 3 if "--supervised" in w.name else 2 if w.name.startswith(("03_", "04_")) else \
-        1 if w.name.startswith(("05_", "07_")) else 0  # the longest first, and what others wait for
+    priority: lambda w: 4 if w.name.startswith("00_") else 3 if "--supervised" in w.name else \
+        2 if w.name.startswith(("03_", "04_")) else 1 if w.name.startswith(("05_", "07_")) else 0
+        # what others wait for first, and the longest
     params:
         extra=lambda w: (trains | probes).get(w.name, f"--html -p seed {SEED}"), data=lambda w: GIVEN,
         converted=lab.converted and lab.hdf5.stat().st_mtime_ns,  # another file of that name: its jobs run again

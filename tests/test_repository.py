@@ -191,6 +191,12 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_figure_does_not_wait_for_a_grammar_that_checks_nothing():
+    code = "import usjepa_nb, plotly.io, nbformat, sys; print('jsonschema' in sys.modules, 'lark' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
+
+
 def test_timm_imports_after_the_package():
     code = "import usjepa_nb, timm, torchvision, torch; print(torch.ops.torchvision.nms)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

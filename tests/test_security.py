@@ -204,7 +204,7 @@ def test_the_walk_passes_a_nasty_name_on_as_it_is_and_goes_in_order(workflow, tr
     walk = {path.stem: {"seed": "0"} for path in (ROOT / "notebooks").glob("*.ipynb")}
     every = {"profile": "smoke", "data": str(folder)}
     assert notebooks == {name: own | every for name, own in (walk | cells).items()}
-    order = [*notebooks]
+    order = [name for name in notebooks if name != "90_solutions"]  # which needs no data, and may come first
     assert order[0] == "00_start_here"
     trained = max(map(order.index, ["03_vjepa_localisation", *cells]))
     assert order.index("04_lambda_ablation") > max(order.index(n) for n in order if n.startswith("03_"))

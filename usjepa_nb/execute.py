@@ -16,7 +16,6 @@ The kernel works in the root of the repository. (JupyterLab and nbval start it i
 that must run in both takes its folders from ``usjepa_nb.execute.ROOT``, or from a parameter.)
 """
 
-# ruff: noqa: E402
 import argparse
 import ast
 import locale
@@ -24,10 +23,6 @@ import os
 import sys
 import time
 from pathlib import Path
-
-# nbformat's import of jsonschema would build a grammar of international web addresses, which takes longer than all the
-# rest (1.2 s for each notebook) and which no notebook is checked against. None: as if it were not installed.
-sys.modules.setdefault("rfc3987_syntax", None)
 
 import nbformat
 import papermill

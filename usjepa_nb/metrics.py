@@ -125,25 +125,21 @@ def surface_distances(pred, true, spacing, labels=CLASSES):
     Raises:
         ValueError: a spacing that is not finite and above 0.
     """
-    import warnings
-
     import torch
-    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+    from monai.metrics.utils import get_mask_edges, get_surface_distance
 
-    rows = {"hd": {}, "hd95": {}, "assd": {}}
+    rows, mm = {"hd": {}, "hd95": {}, "assd": {}}, in_mm(spacing)
     for label in labels:
-        p, t = _sets(pred, true, label)
-        if not (p.any() and t.any()):
+        sides = [torch.from_numpy(side) for side in _sets(pred, true, label)]
+        if not all(side.any() for side in sides):
             for row in rows.values():
                 row[label] = np.nan
             continue
-        pair = [torch.from_numpy(side)[None, None].float() for side in (p, t)]
-        how = {"include_background": True, "spacing": in_mm(spacing)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of a call of its own
-            rows["hd"][label] = compute_hausdorff_distance(*pair, **how).item()
-            rows["hd95"][label] = compute_hausdorff_distance(*pair, percentile=95, **how).item()
-            rows["assd"][label] = compute_average_surface_distance(*pair, symmetric=True, **how).item()
+        p, t = get_mask_edges(*sides)
+        d = get_surface_distance(p, t, spacing=mm), get_surface_distance(t, p, spacing=mm)  # of every outline point
+        rows["hd"][label] = max(side.max().item() for side in d)
+        rows["hd95"][label] = max(side.quantile(0.95).item() for side in d)
+        rows["assd"][label] = torch.cat(d).mean().item()
     return rows
 
 
