@@ -8,6 +8,7 @@
 import shlex
 
 from usjepa_nb.dataset import Dataset
+from usjepa_nb.profile import END_TO_END
 
 PROFILE = config.get("profile", "tiny")
 DATA = str(config.get("data", ""))
@@ -30,11 +31,11 @@ DATASET = [] if lab.converted else OUT + "/00_start_here.ipynb"  # the phantom a
 # Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
 trains = {f"{TRAIN}--{c.id}-s{s}": f"-p lam {c.lam} -p freeze {c.freeze} -p deep False -p seed {s}"
           for c in grid.cells if c.method in ("vjepa", "vjepa_ll") for s in SEEDS
-          if GRID != "walk" or (c.lam, c.freeze) != (0.25, 0)}  # that one is trained by the walk's own 03
+          if GRID != "walk" or (c.lam, c.freeze) not in ((0.25, 0), (1, 0))}  # those are trained by the walk's own 03
 base = ["random"] if any(c.method == "random" for c in grid.table2) else []  # every cell is shown beside it
 probes = {f"{PROBE}--{c.id}-s{s}": f"-p cells {','.join(dict.fromkeys([*base, c.id]))} -p grid {shlex.quote(GRID)} -p seed {s}"
           for c in grid.cells if c.method != "prior" for s in SEEDS
-          if GRID != "walk" or c.method not in ("random", "initial", "vjepa", "vjepa_ll")}  # the walk makes those itself
+          if GRID != "walk" or c.method in END_TO_END}  # the walk makes the others itself
 YARDSTICKS = [c for c in grid.table2 if c.method in ("random", "initial")]
 
 
@@ -59,9 +60,11 @@ def needs(wildcards):
     if name.startswith("04_"):
         return made([TRAIN, *trains])
     if name.startswith(("07_", "08_")):  # compares with V-JEPA, takes its features
-        return made([n for n in trains if "--vjepa-lam1-f0-" in n]) or DATASET
-    if name.startswith(("05_", "06_")):
-        return made(["04_lambda_ablation", *trains, *probes])
+        return made([TRAIN])
+    if name == PROBE:
+        return made(["04_lambda_ablation", *probes])
+    if name.startswith("06_"):
+        return made([PROBE])
     return DATASET
 
 
