@@ -231,7 +231,8 @@ class Store(contextlib.AbstractContextManager):
         """Some frames of a sequence, read from their places in the file: there is nothing to unpack."""
         picked, frame = np.empty((len(index), self.size, self.size), np.uint8), self.size**2
         at = (index + int(self._columns["start"][i])) * frame + self._pixels[name]  # bytes
-        cuts = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]  # runs of neighbouring frames
+        jumps = np.flatnonzero(index[1:] != index[:-1] + 1) + 1
+        cuts = [0, *jumps.tolist(), len(index)]  # runs of neighbouring frames
         with self._whole():
             handle = self._file.id.get_vfd_handle()
             if any(os.preadv(handle, [picked[a:b]], int(at[a])) < (b - a) * frame for a, b in pairwise(cuts)):
@@ -260,4 +261,4 @@ class Store(contextlib.AbstractContextManager):
         """A clip of `frames` frames of sequence `i`, on request without masks; `clip_index` explains the rules."""
         index = clip_index(int(self._columns["length"][i]), frames, rule, step, offset)
         return Clip(self._pick("frames", i, index), self._pick("masks", i, index) if masks else None, index,
-                    1 + int(np.count_nonzero(np.diff(index))))
+                    1 + int(np.count_nonzero(index[1:] != index[:-1])))
