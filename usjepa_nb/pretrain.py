@@ -100,7 +100,8 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
     schedule = CosineLRScheduler(optimizer, t_initial=p.steps - warmup, lr_min=p.lr_end, warmup_t=warmup,
                                  warmup_lr_init=p.lr / 100, warmup_prefix=True, t_in_epochs=False)
     model, optimizer = fabric.setup(objective, optimizer)
-    start, rows = resume(path, objective, optimizer)  # after setup: it moves weights to the device, not AdamW's state
+    ends = steps_done(path) >= p.steps  # a finished checkpoint holds no state of AdamW, see below
+    start, rows = resume(path, objective, None if ends else optimizer)  # after setup, which moves weights alone
     yield from rows
 
     def prepared(step: int):
@@ -129,8 +130,8 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
             new[-1] |= watch(objective) if watch else {}
             rows += new
             if fabric.is_global_zero:
-                save(path, {"format": 1, "step": step + 1, **states(objective), "optimizer": optimizer.state_dict(),
-                            "history": rows})
+                moments = optimizer.state_dict() if step + 1 < p.steps else None  # half of the file, of no more use
+                save(path, {"format": 1, "step": step + 1, **states(objective), "optimizer": moments, "history": rows})
             yield from new
             new = []
 
@@ -204,6 +205,8 @@ def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | 
         for name, buffer in objective.named_buffers(recurse=False):
             buffer.copy_(file["buffers"][name])
         if optimizer is not None:
+            if file["optimizer"] is None:
+                raise ValueError(f"it ended after {file['step']} steps")
             optimizer.load_state_dict(file["optimizer"])
         return file["step"], file["history"]
 
