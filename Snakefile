@@ -30,19 +30,26 @@ DATASET = [] if lab.converted else OUT + "/00_start_here.ipynb"  # the phantom a
 
 # Jobs of the grid: a notebook of the walk with other parameters. V-JEPA is trained in 03, everything is probed in 05.
 trains = {f"{TRAIN}--{c.id}-s{s}": f"-p lam {c.lam} -p freeze {c.freeze} -p deep False -p seed {s}"
-          for c in grid.cells if c.method in ("vjepa", "vjepa_ll") for s in SEEDS
-          if GRID != "walk" or (c.lam, c.freeze) not in ((0.25, 0), (1, 0))}  # those are trained by the walk's own 03
+          for c in grid.cells if c.method in ("vjepa", "vjepa_ll") for s in SEEDS}
 base = ["random"] if any(c.method == "random" for c in grid.table2) else []  # every cell is shown beside it
 probes = {f"{PROBE}--{c.id}-s{s}": f"-p cells {','.join(dict.fromkeys([*base, c.id]))} -p grid {shlex.quote(GRID)} -p seed {s}"
-          for c in grid.cells if c.method != "prior" for s in SEEDS
-          if GRID != "walk" or c.method in END_TO_END}  # the walk makes the others itself
+          for c in grid.cells if c.method != "prior" for s in SEEDS}
+# What the walk's own 03, 04 and 05 make on their way. Long trainings get jobs of their own there too, side by side.
+SHORT = lab.profile.steps <= 1000
+OWN = {"vjepa_ll-lam0.25-f0", *(["vjepa-lam1-f0", "videomae"] if SHORT else [])}
+OWN_PROBES = {c.id for c in grid.cells if c.method not in (*END_TO_END, "videomae")} | OWN
 YARDSTICKS = [c for c in grid.table2 if c.method in ("random", "initial")]
+cell_of = lambda job: job.partition("--")[2].rpartition("-s")[0]
 
 
 def jobs(cells):
     """Notebooks that make these cells."""
-    return expand(OUT + "/{n}.ipynb", n=[n for n in (*trains, *probes)
-                                         if any(n.partition("--")[2].rpartition("-s")[0] == c.id for c in cells)])
+    return expand(OUT + "/{n}.ipynb", n=[n for n in (*trains, *probes) if cell_of(n) in {c.id for c in cells}])
+
+
+def beside(names):
+    """Those of the jobs that run beside the walk's own notebooks; of another grid all."""
+    return [n for n in names if GRID != "walk" or cell_of(n) not in (OWN if n.startswith(TRAIN) else OWN_PROBES)]
 
 
 def needs(wildcards):
@@ -54,15 +61,16 @@ def needs(wildcards):
     if name == PROBE and cell:
         before = [f"{TRAIN}--{cell.replace('finetuned', 'vjepa-lam1-f0')}",  # fine-tuning starts from V-JEPA
                   f"{PROBE}--random-s{cell.rpartition('-s')[2]}" if not cell.startswith("random-s") else ""]
-        return made([n for n in before if n in trains | probes]) or DATASET
+        return made([n for n in beside(before) if n in trains | probes]) or DATASET
     if name == TRAIN and lab.profile.init == "videomae":  # V-JEPA goes on from there
-        return made([n for n in probes if n == f"{PROBE}--videomae-s{cell.rpartition('-s')[2] or SEED}"]) or DATASET
+        videomae = f"{PROBE}--videomae-s{cell.rpartition('-s')[2] or SEED}"
+        return made([n for n in beside(probes) if n == videomae]) or DATASET
     if name.startswith("04_"):
-        return made([TRAIN, *trains])
+        return made([TRAIN, *beside(trains)])
     if name.startswith(("07_", "08_")):  # compares with V-JEPA, takes its features
-        return made([TRAIN])
+        return made([n for n in beside(trains) if "--vjepa-lam1-f0-" in n] or [TRAIN])
     if name == PROBE:
-        return made(["04_lambda_ablation", *probes])
+        return made(["04_lambda_ablation", *beside(probes)])
     if name.startswith("06_"):
         return made([PROBE])
     return DATASET

@@ -179,10 +179,10 @@ def parts(p: Profile, size: str, grey: torch.Tensor, rounds: int) -> list[dict]:
 def data(rounds: int, size: int = 224, frames: int = 16) -> list[dict]:
     """A clip of 16 frames at the paper's size, chosen and read in three ways, and its augmentation.
 
-    Clips are read in random order from more of them than a processor's cache holds, as a training reads them.
+    Clips are read in random order, as a training reads them, from 50 MB: more than most processors' caches hold.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tree = phantom.make(Path(folder) / "tree", 24, 0, spacing=0.6)
+        tree = phantom.make(Path(folder) / "tree", 32, 0, spacing=0.6)
         store.convert(tree, Path(folder) / "clips.h5", size)
         opened, entries = store.Store(Path(folder) / "clips.h5"), camus.scan(tree)
         length, starts = (opened.table[column].tolist() for column in ("length", "start"))

@@ -288,6 +288,6 @@ def test_resumed_at_random_steps_is_as_uninterrupted(tmp_path_factory, steps, lo
 def test_a_resumption_that_forgets_something_would_be_noticed(tmp_path, monkeypatch):
     whole, _ = trained(tmp_path / "whole.pt", 6, 1)
     real = pretrain.resume
-    monkeypatch.setattr(pretrain, "resume", lambda path, objective, optimizer=None: real(path, objective))
+    monkeypatch.setattr(pretrain, "resume", lambda path, objective, *_: real(path, objective))
     forgetful, _ = trained(tmp_path / "forgetful.pt", 6, 1, [3])
     assert not torch.equal(whole["encoder"]["weight"], forgetful["encoder"]["weight"])

@@ -211,6 +211,17 @@ def test_the_walk_passes_a_nasty_name_on_as_it_is_and_goes_in_order(workflow, tr
     assert all(after(name, "03_vjepa_localisation") for name in ("07_static_teacher", "08_your_own_ultrasound"))
 
 
+@pytest.mark.parametrize(("table", "methods"), [
+    ("table1", {"random", "initial", "vjepa-lam1-f0", "vjepa_ll-lam0.25-f0"}),
+    ("table2", {"random", "initial", "vjepa-lam1-f0", "vjepa_ll-lam0.25-f0", "videomae", "supervised"})])
+def test_the_tables_of_the_walk_have_a_job_for_every_cell(workflow, table, methods):
+    """Also for those that the walk's notebooks make on their way."""
+    status, notebooks, _ = workflow(table, "GRID=walk")
+    trained = {f"03_vjepa_localisation--{m}-s0" for m in methods if m.startswith("vjepa")}
+    assert not status
+    assert {*notebooks} == {"00_start_here", table, *trained, *(f"05_probe_segmentation--{m}-s0" for m in methods)}
+
+
 def test_a_cell_that_fails_costs_the_others_nothing_and_the_table_is_printed(workflow, tmp_path):
     grid = tmp_path / "two seeds.yaml"
     grid.write_text(yaml.safe_dump({

@@ -16,6 +16,7 @@ _torchvision.watch()
 # notebook's start) which nothing here is ever checked against. None: as if that package were not installed.
 sys.modules.setdefault("rfc3987_syntax", None)
 
-# Imports make half a million objects that stay; to look through them for garbage every 700 objects takes a sixth of
-# the time of all imports.
-gc.set_threshold(max(10_000, gc.get_threshold()[0]), *gc.get_threshold()[1:])
+# Imports make half a million objects that stay. Python's default, a search for garbage after every 700 new objects,
+# goes through them so often that it takes a sixth of the time of all imports. (It stays so; 0 means no search at all.)
+if 0 < gc.get_threshold()[0] < 10_000:
+    gc.set_threshold(10_000, *gc.get_threshold()[1:])

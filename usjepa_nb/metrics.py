@@ -126,7 +126,7 @@ def surface_distances(pred, true, spacing, labels=CLASSES):
         ValueError: a spacing that is not finite and above 0.
     """
     import torch
-    from monai.metrics.utils import get_mask_edges, get_surface_distance
+    from monai.metrics import get_mask_edges, get_surface_distance
 
     rows, mm = {"hd": {}, "hd95": {}, "assd": {}}, in_mm(spacing)
     for label in labels:

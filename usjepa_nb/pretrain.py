@@ -91,6 +91,7 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
     Raises:
         Diverged: loss or gradients not finite.
         OSError: a checkpoint cannot be written.
+        WeightsError: the checkpoint is another run's, or that of a shorter one which has ended.
     """
     if p.compile:
         compile_blocks(objective)
@@ -100,8 +101,8 @@ def train(objective: nn.Module, batches: Callable[[Generator, int], object], p: 
     schedule = CosineLRScheduler(optimizer, t_initial=p.steps - warmup, lr_min=p.lr_end, warmup_t=warmup,
                                  warmup_lr_init=p.lr / 100, warmup_prefix=True, t_in_epochs=False)
     model, optimizer = fabric.setup(objective, optimizer)
-    ends = steps_done(path) >= p.steps  # a finished checkpoint holds no state of AdamW, see below
-    start, rows = resume(path, objective, None if ends else optimizer)  # after setup, which moves weights alone
+    # after setup: it moves weights to the device, not AdamW's state
+    start, rows = resume(path, objective, optimizer, p.steps)
     yield from rows
 
     def prepared(step: int):
@@ -194,8 +195,13 @@ def states(objective: nn.Module) -> dict:
     return parts
 
 
-def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, list[dict]]:
-    """Load the checkpoint `path` if it exists -> (steps done, history so far)."""
+def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | None = None,
+           steps: int = 0) -> tuple[int, list[dict]]:
+    """Load the checkpoint `path` if it exists -> (steps done, history so far); AdamW's state if it ends before `steps`.
+
+    Raises:
+        WeightsError: it is another run's, or that of a run which ended before `steps`.
+    """
     if not path.exists():
         return 0, []
     file = weights.read(path, AGAIN)
@@ -204,7 +210,7 @@ def resume(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer | 
             module.load_state_dict(file[name])
         for name, buffer in objective.named_buffers(recurse=False):
             buffer.copy_(file["buffers"][name])
-        if optimizer is not None:
+        if optimizer is not None and file["step"] < steps:
             if file["optimizer"] is None:
                 raise ValueError(f"it ended after {file['step']} steps")
             optimizer.load_state_dict(file["optimizer"])
