@@ -231,8 +231,7 @@ class Store(contextlib.AbstractContextManager):
         """Some frames of a sequence, read from their places in the file: there is nothing to unpack."""
         picked, frame = np.empty((len(index), self.size, self.size), np.uint8), self.size**2
         at = (index + int(self._columns["start"][i])) * frame + self._pixels[name]  # bytes
-        jumps = np.flatnonzero(index[1:] != index[:-1] + 1) + 1
-        cuts = [0, *jumps.tolist(), len(index)]  # runs of neighbouring frames
+        cuts = [0, *(np.flatnonzero(index[1:] != index[:-1] + 1) + 1).tolist(), len(index)]  # runs of neighbours
         with self._whole():
             handle = self._file.id.get_vfd_handle()
             if any(os.preadv(handle, [picked[a:b]], int(at[a])) < (b - a) * frame for a, b in pairwise(cuts)):
