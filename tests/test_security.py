@@ -187,7 +187,8 @@ def workflow(trap, tmp_path):
         notebooks = {Path(call[3]).stem: {call[i + 1]: call[i + 2] for i, word in enumerate(call) if word == "-p"}
                      for call in calls}
         assert len(notebooks) == len(calls), done.stderr[-2000:]  # none is executed twice
-        assert all(Path(call[2]).stem in call[3] or call[3].endswith(("table1.ipynb", "table2.ipynb")) for call in calls)
+        assert all(Path(call[2]).stem in call[3] or call[3].endswith(("table1.ipynb", "table2.ipynb"))
+                   for call in calls)
         return done.returncode, notebooks, [call for call in recorded() if "usjepa_nb.tables" in call]
 
     return run
